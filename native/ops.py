@@ -92,13 +92,14 @@ def rope_table(table: Tensor, positions: Tensor, inv_freq: Tensor, n: int) -> No
 
 
 def qk_norm_rope_store(qkv: Tensor, kv: KV, batch: Batch, table: Tensor, q_norm: Tensor | None, k_norm: Tensor | None,
-                       h: int, pairs: int, eps: float) -> None:
+                       h: int, pairs: int, eps: float, gated: bool = False) -> None:
     """Norm (where q_norm, k_norm f32 [p] are given) and rotate q and k by head, store k and v in their slots, leave q in place.
 
-    qkv [>=n, (h + 2 g) p], table as rope_table left it for the step; pairs 0: half-split rotation, 1: interleaved.
+    qkv [>=n, (h + 2 g) p], and h p more in a row if gated; table as rope_table left it for the step; pairs 0: half-split rotation,
+    1: interleaved.
     """
     g, p, n = kv.g, kv.p, batch.n
-    _matrix("qkv", qkv, n, (h + 2 * g) * p)
+    _matrix("qkv", qkv, n, (h + 2 * g + h * gated) * p)
     _require(table.shape[0] >= n and 2 * table.shape[1] <= p, "table", f"[{n}, r/2, 2] with r <= {p}", table)
     for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
         if norm is not None:
@@ -106,16 +107,19 @@ def qk_norm_rope_store(qkv: Tensor, kv: KV, batch: Batch, table: Tensor, q_norm:
     null = qkv.backend.ffi.NULL
     _run(qkv, "tops_qk_norm_rope_store", qkv.pointer, kv.struct, batch.struct, table.pointer,
          null if q_norm is None else q_norm.pointer, null if k_norm is None else k_norm.pointer,
-         h, g, p, 2 * table.shape[1], pairs, eps, qkv.dtype)
+         h, g, p, 2 * table.shape[1], pairs, gated, eps, qkv.dtype)
 
 
-def paged_attention(out: Tensor, qkv: Tensor, kv: KV, batch: Batch, h: int, scale: float) -> None:
-    """out = softmax(scale q k^T) v, causal.  out [>=n, h p], qkv rows as qk_norm_rope_store left them"""
+def paged_attention(out: Tensor, qkv: Tensor, kv: KV, batch: Batch, h: int, scale: float, gated: bool = False) -> None:
+    """out = softmax(scale q k^T) v, causal, times sigmoid(gate) if gated.
+
+    out [>=n, h p], qkv rows as qk_norm_rope_store left them
+    """
     g, p, n = kv.g, kv.p, batch.n
     _require(g > 0 and h % g == 0, "h", f"a multiple of {g} key-value heads", h)
     _matrix("out", out, n, h * p, qkv.dtype)
-    _matrix("qkv", qkv, n, (h + 2 * g) * p)
-    _run(out, "tops_paged_attention", out.pointer, qkv.pointer, kv.struct, batch.struct, h, g, p, scale, out.dtype)
+    _matrix("qkv", qkv, n, (h + 2 * g + h * gated) * p)
+    _run(out, "tops_paged_attention", out.pointer, qkv.pointer, kv.struct, batch.struct, h, g, p, scale, gated, out.dtype)
 
 
 def restrict_logits(logits: Tensor, allowed: Tensor | None, sampling: Tensor, history: Tensor, lengths: Tensor, n: int,

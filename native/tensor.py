@@ -63,17 +63,18 @@ class Batch:
     """Where the tokens of a step stand; tops_batch with the memory behind it.
 
     `n`, `b` and `r` (tokens, sequences, rows of logits) are set by `resize`; everything else is read by the kernels from
-    `ids`, `positions`, `slots`, `sequences` [max_n], `logit_rows` [max_r], `query_starts` [max_b + 1] and
-    `page_table` [max_b, max_pages]. They lie in one block, in that order, so that a step uploads it with one copy.
+    `ids`, `positions`, `slots`, `sequences`, `states_out` [max_n], `logit_rows` [max_r], `query_starts` [max_b + 1],
+    `states_in` [max_b] and `page_table` [max_b, max_pages]. They lie in one block, so that a step uploads it with one copy.
     """
 
-    __slots__ = ("struct", "block", "ids", "positions", "slots", "sequences", "logit_rows", "query_starts", "page_table",
-                 "n", "b", "r", "max_n", "max_b", "max_r", "max_pages")
+    __slots__ = ("struct", "block", "ids", "positions", "slots", "sequences", "states_out", "logit_rows", "query_starts",
+                 "states_in", "page_table", "n", "b", "r", "max_n", "max_b", "max_r", "max_pages")
 
     def __init__(self, backend: Backend, max_n: int, max_b: int, max_pages: int, max_r: int):
         self.max_n, self.max_b, self.max_r, self.max_pages = max_n, max_b, max_r, max_pages
         sizes = [("ids", (max_n,)), ("positions", (max_n,)), ("slots", (max_n,)), ("sequences", (max_n,)),
-                 ("logit_rows", (max_r,)), ("query_starts", (max_b + 1,)), ("page_table", (max_b, max_pages))]
+                 ("states_out", (max_n,)), ("logit_rows", (max_r,)), ("query_starts", (max_b + 1,)), ("states_in", (max_b,)),
+                 ("page_table", (max_b, max_pages))]
         self.block = backend.tensor((sum(prod(shape) for _, shape in sizes),), DType.I32)
         first = 0
         for name, shape in sizes:
@@ -81,7 +82,7 @@ class Batch:
             setattr(self, name, Tensor(backend, view.pointer, shape, DType.I32))
             first += prod(shape)
         self.struct = backend.ffi.new("tops_batch *")
-        for name in ("positions", "slots", "sequences", "page_table", "query_starts"):
+        for name in ("positions", "slots", "sequences", "page_table", "query_starts", "states_in", "states_out"):
             setattr(self.struct, name, backend.ffi.cast("int32_t *", getattr(self, name).pointer))
         self.struct.max_pages = max_pages
         self.resize(0, 0, 0)

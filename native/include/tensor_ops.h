@@ -82,8 +82,19 @@ typedef struct {
     const int32_t *sequences;     /* [n] row of page_table */
     const int32_t *page_table;    /* [b, max_pages] */
     const int32_t *query_starts;  /* [b + 1] first row of each sequence */
+    const int32_t *states_in;     /* [b] slot of the recurrent state that a sequence starts from; -1: zeros */
+    const int32_t *states_out;    /* [n] slot that keeps the recurrent state as it is after the row; -1: none */
     int64_t n, b, max_pages;
 } tops_batch;
+
+/* One layer's recurrent states: hk key heads of pk, hv value heads of pv (value head j reads key head j / (hv / hk)), c = 2 hk pk +
+ * hv pv channels of a causal convolution of `taps`. Slot s begins s * pitch values after slot 0. */
+typedef struct {
+    float *inputs;          /* [taps - 1, c] the convolution's last inputs, oldest first */
+    float *memory;          /* [hv, pk, pv] */
+    int64_t slots, pitch;
+    int32_t hk, hv, pk, pv, taps;
+} tops_states;
 
 /* How one row of logits becomes a token. temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 switch those off.
  * The draw depends on (seed, position) alone: the same on every library and in every batch. */
@@ -168,13 +179,43 @@ int tops_rms_norm_gate_up_silu(tops_stream *stream, void *out, const void *x, co
 int tops_rope_table(tops_stream *stream, float *table, const int32_t *positions, const float *inv_freq, int64_t n, int64_t r);
 /* For each row of qkv = [q of h heads | k of g heads | v of g heads], heads of p: norm q and k by head where the norm weights
  * are not null (f32 [p]), rotate their first r dimensions, leave q in place and store k and v in their slots.
- * pairs: 0 rotates (x[j], x[j + r/2]) (half-split, NeoX), 1 rotates (x[2j], x[2j + 1]). */
+ * pairs: 0 rotates (x[j], x[j + r/2]) (half-split, NeoX), 1 rotates (x[2j], x[2j + 1]).
+ * gated: rows are [q | k | v | gate of h heads]; paged_attention multiplies its result by sigmoid(gate). */
 int tops_qk_norm_rope_store(tops_stream *stream, void *qkv, const tops_kv *kv, const tops_batch *batch, const float *table,
                             const float *q_norm, const float *k_norm, int64_t h, int64_t g, int64_t p, int64_t r,
-                            int32_t pairs, float eps, int32_t dtype);
+                            int32_t pairs, int32_t gated, float eps, int32_t dtype);
 /* out [n, h p] = softmax(scale q k^T) v, causal, query head j reads key-value head j / (h / g); q as qkv rows left by the op above */
 int tops_paged_attention(tops_stream *stream, void *out, const void *qkv, const tops_kv *kv, const tops_batch *batch,
-                         int64_t h, int64_t g, int64_t p, float scale, int32_t dtype);
+                         int64_t h, int64_t g, int64_t p, float scale, int32_t gated, int32_t dtype);
+
+/* ---- recurrent layers: the gated delta rule ----------------------------------------------------------------------------- */
+/* For each row of x = [q of hk heads | k of hk heads | v of hv heads | z of hv heads | b [hv] | a [hv]]:
+ *   [q | k | v] = silu(conv [c, taps] over the sequence's rows), by head q = q / |q| / sqrt(pk), k = k / |k|  (|x|^2 = sum + 1e-6)
+ *   g = exp(decay softplus(a + dt_bias)), decay < 0;  S = g S;  S = S + k (sigmoid(b) (v - S^T k))^T;  o = S^T q
+ *   out [n, hv pv] = rms_norm(o of a head, norm [pv], eps) * silu(z)
+ * S and the convolution's inputs come from slot batch->states_in and go to the slots of batch->states_out. No two rows of a step
+ * keep the same slot, and a slot that is kept is read by its own sequence at most. */
+int tops_gated_delta_rule(tops_stream *stream, void *out, const void *x, const float *conv, const float *decay, const float *dt_bias,
+                          const float *norm, const tops_states *states, const tops_batch *batch, float eps, int32_t dtype);
+
+/* ---- mixtures of experts: e experts of width i, k of them and a shared one for each token ------------------------------------ */
+/* normed = rms_norm(x, norm, eps); l = normed W^T with w = {router [e, d], gate of the shared expert [1, d]} (parts 1: no gate)
+ * experts [n, k]: those with the largest l, largest first, ties to the lower number
+ * shares [n, k + 1]: softmax(l) at experts, divided by its sum where renormalize is 1; last sigmoid(gate), 1 without */
+int tops_rms_norm_route(tops_stream *stream, void *normed, int32_t *experts, float *shares, const void *x, const float *norm,
+                        const tops_weight *w, int32_t parts, int64_t n, int64_t k, int32_t renormalize, float eps, int32_t dtype);
+/* w, a stack of e experts, holds e matrices of rows / e rows, each as tops_pack left it, one after the other; so do its scales.
+ * gate_up_silu: out [n, k + 1, i] = silu(x Wgate^T) * (x Wup^T) with w = {gate, up} of the token's k experts, then of the shared one
+ * down_add: out [n, d] += sum over j of shares[j] x[j] Wdown^T,  x [n, k + 1, i] */
+int tops_experts_gate_up_silu(tops_stream *stream, void *out, const void *x, const int32_t *experts, const tops_weight *w,
+                              const tops_weight *shared, int64_t n, int64_t e, int64_t k, int32_t dtype);
+int tops_experts_down_add(tops_stream *stream, void *out, const void *x, const int32_t *experts, const float *shares,
+                          const tops_weight *w, const tops_weight *shared, int64_t n, int64_t e, int64_t k, int32_t dtype);
+/* order: the indices of values [n] in 0 .. e-1, by value, then by index; those of value v are order[starts[v] .. starts[v + 1]) */
+int tops_gather_by_value(tops_stream *stream, int32_t *order, int32_t *starts, const int32_t *values, int64_t n, int64_t e);
+/* out[index[t]] += scale[t] * in[t] (scale null: 1), rows of d, in order of t; an index outside 0 .. rows - 1 is left out */
+int tops_scatter_add_by_index(tops_stream *stream, void *out, const void *in, const int32_t *index, const float *scale,
+                              int64_t n, int64_t rows, int64_t d, int32_t dtype);
 
 /* ---- from logits to tokens: logits f32 [n, v] --------------------------------------------------------------------------- */
 /* Sets logits of tokens >= vocabulary, and of those whose bit in allowed [n, ceil(v/32)] is 0 (null: all allowed), to -inf, then
