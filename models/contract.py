@@ -9,20 +9,58 @@ b sequences, r rows of logits asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from inference_pio.native.backend import Backend, Batch, KV, Tensor, Weight
+from inference_pio.native.backend import KV, Backend, Batch, States, Tensor, Weight
+
+
+@dataclass(frozen=True)
+class StateLayout:
+    """What a sequence carries along in recurrent layers, whatever its length: `layers` states of these shapes (see tops_states)."""
+
+    layers: int
+    hk: int
+    hv: int
+    pk: int
+    pv: int
+    taps: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one slot: the states of all layers."""
+        channels = 2 * self.hk * self.pk + self.hv * self.pv
+        return 4 * self.layers * ((self.taps - 1) * channels + self.hv * self.pk * self.pv)
 
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """What one token leaves behind in the cache: `layers` pairs of K and V, [g, p] each."""
+    """What one token leaves behind in the cache: `layers` pairs of K and V, [g, p] each; and the recurrent layers' states.
+
+    `recurrent` says for each layer of the model whether it has a state rather than keys and values; empty: none has.
+    """
 
     layers: int
     g: int
     p: int
+    states: StateLayout | None = None
+    recurrent: tuple[bool, ...] = ()
+
+    def in_order(self, kv: tuple[KV, ...], states: tuple[States, ...]) -> tuple[KV | States, ...]:
+        """What `forward` takes: each layer's memory, in the order of the model's layers."""
+        if not self.recurrent:
+            return kv
+        pages, slots = iter(kv), iter(states)
+        return tuple(next(slots) if recurrent else next(pages) for recurrent in self.recurrent)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of the matrix `name`, in the order of the ranges."""
+
+    name: str
+    ranges: tuple[range, ...]
 
 
 class TensorSource(Protocol):
@@ -32,14 +70,18 @@ class TensorSource(Protocol):
 
     def has(self, name: str) -> bool: ...
 
-    def weight(self, *names: str, rows: int | None = None, cols: int) -> Weight:
+    def weight(self, *names: str | Rows, rows: int | None = None, cols: int) -> Weight:
         """The matrices of `names`, stacked by rows and packed for the device; rows is the sum that is expected."""
 
-    def vector(self, name: str, d: int) -> Tensor:
-        """A 1-D tensor [d] as f32 on the device."""
+    def experts(self, *stacks: Sequence[str] | str | Rows, e: int, rows: int, cols: int) -> Weight:
+        """Stacks of e matrices [rows, cols], one for each expert. A stack is the names of its matrices, or one tensor [e, *, cols]
+        of which Rows takes the same rows of every expert."""
+
+    def vector(self, name: str, d: int, transform: Callable[[float], float] | None = None) -> Tensor:
+        """A tensor of d values, whatever its dimensions, as f32 [d] on the device; transform is applied to each value before rounding."""
 
     def ignore(self, *names: str) -> None:
-        """Names that the file may hold and the model does not want. Any other leftover is an error."""
+        """Names (with * for any characters) that the file may hold and the model does not want. Any other leftover is an error."""
 
 
 @dataclass(frozen=True)
@@ -84,4 +126,4 @@ class ModelPlugin:
     cache_layout: Callable[[Any], CacheLayout]
     load: Callable[[Any, TensorSource, Backend], Any]
     workspace: Callable[[Any, Backend, int, int], Any]
-    forward: Callable[[Any, Any, Any, Batch, tuple[KV, ...]], Tensor]
+    forward: Callable[[Any, Any, Any, Batch, tuple[KV | States, ...]], Tensor]

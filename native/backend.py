@@ -11,9 +11,10 @@ from math import prod
 from inference_pio.native import library
 from inference_pio.native.dtype import BLOCKS, DType, row_bytes
 from inference_pio.native.library import DeviceFailed, NoDevice, OutOfMemory, TensorOpsError
-from inference_pio.native.tensor import KV, Batch, Tensor, Weight
+from inference_pio.native.tensor import KV, Batch, States, Tensor, Weight
 
-__all__ = ["Backend", "Batch", "DeviceFailed", "Graph", "KV", "NoDevice", "OutOfMemory", "Tensor", "TensorOpsError", "Weight"]
+__all__ = ["Backend", "Batch", "DeviceFailed", "Graph", "KV", "NoDevice", "OutOfMemory", "States", "Tensor",
+           "TensorOpsError", "Weight"]
 
 _ARENA = 32 << 20   # weights share blocks of this size: a 2 MB page for every small matrix would double a small model
 
@@ -179,26 +180,36 @@ class Backend:
 
     def pack(self, parts: Sequence[tuple], activations: DType) -> Weight:
         """Matrices (rows as files hold them, dtype, rows, cols, f32 block scales or None) as one stacked Weight."""
+        return self.pack_experts([[part] for part in parts], activations)
+
+    def pack_experts(self, parts: Sequence[Sequence[tuple]], activations: DType) -> Weight:
+        """Each part is a stack of matrices of one shape and format, which lie one after the other: one for each expert."""
         struct = self.ffi.new("tops_weight[]", len(parts))
         total, keep = 0, []
-        for entry, (data, dtype, rows, cols, scales) in zip(struct, parts, strict=True):
+        for entry, matrices in zip(struct, parts, strict=True):
+            _, dtype, rows, cols, scales = matrices[0]
+            if any(matrix[1:4] != (dtype, rows, cols) or (matrix[4] is None) != (scales is None) for matrix in matrices):
+                raise ValueError(f"the experts of a layer must have one shape and format, unlike {DType(dtype).name} {rows} x {cols}")
             nbytes = self.lib.tops_packed_bytes(dtype, rows, cols)
             if nbytes < 0:
                 raise TensorOpsError(f"{self.device} has no kernels for a {DType(dtype).name} matrix of {rows} x {cols}")
-            data = memoryview(data).cast("B")
-            if len(data) != (expected := rows * row_bytes(dtype, cols)):
-                raise ValueError(f"a {DType(dtype).name} matrix of {rows} x {cols} has {expected} bytes, not {len(data)}")
-            entry.data = self._arena_take(nbytes)
-            self._pack_into(entry.data, data, dtype, rows, cols)
+            entry.data = self._arena_take(nbytes * len(matrices))
+            for index, matrix in enumerate(matrices):
+                data = memoryview(matrix[0]).cast("B")
+                if len(data) != (expected := rows * row_bytes(dtype, cols)):
+                    raise ValueError(f"a {DType(dtype).name} matrix of {rows} x {cols} has {expected} bytes, not {len(data)}")
+                self._pack_into(self.ffi.cast("char *", entry.data) + index * nbytes, data, dtype, rows, cols)
             if scales is not None:
-                blocks = self.tensor((-(-rows // 128), -(-cols // 128)), DType.F32)
-                self.copy_in(blocks, scales)
+                blocks = self.tensor((len(matrices), -(-rows // 128), -(-cols // 128)), DType.F32)
+                for index, matrix in enumerate(matrices):
+                    self.copy_in(blocks.rows(index, 1), matrix[4])
                 entry.scales = self.ffi.cast("float *", blocks.pointer)
                 keep.append(blocks)
-            entry.rows, entry.cols, entry.dtype, entry.activations = rows, cols, dtype, activations
-            total += nbytes
-        cols, = {part[3] for part in parts}
-        return Weight(struct, tuple(part[2] for part in parts), cols, total, tuple(DType(part[1]) for part in parts), tuple(keep))
+            entry.rows, entry.cols, entry.dtype, entry.activations = rows * len(matrices), cols, dtype, activations
+            total += nbytes * len(matrices)
+        (cols,) = {part[0][3] for part in parts}
+        return Weight(struct, tuple(len(part) * part[0][2] for part in parts), cols, total,
+                      tuple(DType(part[0][1]) for part in parts), tuple(keep))
 
     def _pack_into(self, out, data: memoryview, dtype: DType, rows: int, cols: int) -> None:
         if self.kind == "cpu":
@@ -227,6 +238,18 @@ class Backend:
             struct = self.ffi.new("tops_kv *", {"k": k.pointer, "v": v.pointer, "pages": pages, "page_size": page_size, "dtype": dtype})
             caches.append(KV(struct, k, v))
         return whole, tuple(caches)
+
+    def states(self, layers: int, slots: int, hk: int, hv: int, pk: int, pv: int, taps: int) -> tuple[Tensor, tuple[States, ...]]:
+        """Recurrent states of all layers in one tensor [slots, values]: a slot of all layers is one row."""
+        inputs, memory = (taps - 1) * (2 * hk * pk + hv * pv), hv * pk * pv
+        whole = self.tensor((slots, layers * (inputs + memory)), DType.F32)
+        base, made = self.ffi.cast("float *", whole.pointer), []
+        for layer in range(layers):
+            first = base + layer * (inputs + memory)
+            struct = self.ffi.new("tops_states *", {"inputs": first, "memory": first + inputs, "slots": slots, "pitch": whole.shape[1],
+                                                    "hk": hk, "hv": hv, "pk": pk, "pv": pv, "taps": taps})
+            made.append(States(struct, whole))
+        return whole, tuple(made)
 
     def batch(self, max_n: int, max_b: int, max_pages: int, max_r: int) -> Batch:
         return Batch(self, max_n, max_b, max_pages, max_r)

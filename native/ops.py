@@ -7,7 +7,7 @@ step: the number of rows to work on is an argument. Letters as in the header; th
 from __future__ import annotations
 
 from inference_pio.native.dtype import DType
-from inference_pio.native.tensor import KV, Batch, Tensor, Weight
+from inference_pio.native.tensor import KV, Batch, States, Tensor, Weight
 
 
 def embed(out: Tensor, w: Weight, ids: Tensor, n: int) -> None:
@@ -120,6 +120,83 @@ def paged_attention(out: Tensor, qkv: Tensor, kv: KV, batch: Batch, h: int, scal
     _matrix("out", out, n, h * p, qkv.dtype)
     _matrix("qkv", qkv, n, (h + 2 * g + h * gated) * p)
     _run(out, "tops_paged_attention", out.pointer, qkv.pointer, kv.struct, batch.struct, h, g, p, scale, gated, out.dtype)
+
+
+def gated_delta_rule(out: Tensor, x: Tensor, conv: Tensor, decay: Tensor, dt_bias: Tensor, norm: Tensor, states: States, batch: Batch,
+                     eps: float) -> None:
+    """Convolution, gated delta rule and gated norm of a recurrent layer; states go from batch.states_in to batch.states_out.
+
+    x [>=n, c + hv pv + 2 hv] = [q | k | v | z | b | a], conv f32 [c taps], decay, dt_bias f32 [hv], norm f32 [pv], out [>=n, hv pv]
+    """
+    c, hv, pv = states.channels, states.hv, states.pv
+    _matrix("out", out, batch.n, hv * pv, x.dtype)
+    _matrix("x", x, batch.n, c + hv * pv + 2 * hv)
+    for name, vector, d in (("conv", conv, c * states.taps), ("decay", decay, hv), ("dt_bias", dt_bias, hv), ("norm", norm, pv)):
+        _vector(name, vector, d, DType.F32)
+    _run(out, "tops_gated_delta_rule", out.pointer, x.pointer, conv.pointer, decay.pointer, dt_bias.pointer, norm.pointer,
+         states.struct, batch.struct, eps, out.dtype)
+
+
+def rms_norm_route(normed: Tensor, experts: Tensor, shares: Tensor, x: Tensor, norm: Tensor, w: Weight, n: int, renormalize: bool,
+                   eps: float) -> None:
+    """normed = rms_norm(x), its k experts and what each of them and the shared one contributes.
+
+    x, normed [>=n, d], norm f32 [d], w = {router [e, d], gate of the shared expert [1, d]}, experts i32 [>=n, k],
+    shares f32 [>=n, k + 1]
+    """
+    k = experts.shape[1]
+    _require(w.parts in (1, 2) and w.part_rows[1:] in ((), (1,)) and k <= w.part_rows[0], "w", f"a router of >= {k} rows and a gate of 1", w)
+    _matrix("normed", normed, n, w.cols, x.dtype)
+    _matrix("experts", experts, n, k, DType.I32)
+    _matrix("shares", shares, n, k + 1, DType.F32)
+    _matrix("x", x, n, w.cols)
+    _vector("norm", norm, w.cols, DType.F32)
+    _run(normed, "tops_rms_norm_route", normed.pointer, experts.pointer, shares.pointer, x.pointer, norm.pointer, w.struct, w.parts,
+         n, k, renormalize, eps, normed.dtype)
+
+
+def experts_gate_up_silu(out: Tensor, x: Tensor, experts: Tensor, w: Weight, shared: Weight, n: int) -> None:
+    """out[t, j] = silu(x[t] Wgate^T) * (x[t] Wup^T) of expert experts[t, j], the shared one last.
+
+    x [>=n, d], experts i32 [>=n, k], w and shared = {gate, up}, w a stack of e experts, out [>=n, (k + 1) i]
+    """
+    k, i = experts.shape[1], shared.part_rows[0]
+    _require(shared.part_rows == (i, i) and w.part_rows[0] == w.part_rows[1] and w.part_rows[0] % i == 0, "w", f"gate and up of {i} rows", w)
+    _matrix("out", out, n, (k + 1) * i, x.dtype)
+    _matrix("x", x, n, w.cols)
+    _matrix("experts", experts, n, k, DType.I32)
+    _run(out, "tops_experts_gate_up_silu", out.pointer, x.pointer, experts.pointer, w.struct, shared.struct,
+         n, w.part_rows[0] // i, k, out.dtype)
+
+
+def experts_down_add(out: Tensor, x: Tensor, experts: Tensor, shares: Tensor, w: Weight, shared: Weight, n: int) -> None:
+    """out[t] += sum over j of shares[t, j] x[t, j] Wdown^T.  out [>=n, d], x [>=n, (k + 1) i]; the rest as above"""
+    k, d = experts.shape[1], shared.rows
+    _require(w.rows % d == 0 and w.cols == shared.cols, "w", f"matrices of {d} x {shared.cols}", w)
+    _matrix("out", out, n, d, x.dtype)
+    _matrix("x", x, n, (k + 1) * w.cols)
+    _matrix("experts", experts, n, k, DType.I32)
+    _matrix("shares", shares, n, k + 1, DType.F32)
+    _run(out, "tops_experts_down_add", out.pointer, x.pointer, experts.pointer, shares.pointer, w.struct, shared.struct,
+         n, w.rows // d, k, out.dtype)
+
+
+def gather_by_value(order: Tensor, starts: Tensor, values: Tensor, n: int) -> None:
+    """The indices of values, by value; those of value v are order[starts[v]:starts[v + 1]].  i32 [>=n], [e + 1], [>=n]"""
+    _vector("order", order, n, DType.I32)
+    _vector("values", values, n, DType.I32)
+    _vector("starts", starts, 1, DType.I32)
+    _run(order, "tops_gather_by_value", order.pointer, starts.pointer, values.pointer, n, starts.shape[0] - 1)
+
+
+def scatter_add_by_index(out: Tensor, x: Tensor, index: Tensor, scale: Tensor | None, n: int) -> None:
+    """out[index[t]] += scale[t] * x[t].  out [*, d], x [>=n, d], index i32 [>=n], scale f32 [>=n]"""
+    _matrix("x", x, n, out.shape[1], out.dtype)
+    _vector("index", index, n, DType.I32)
+    if scale is not None:
+        _vector("scale", scale, n, DType.F32)
+    _run(out, "tops_scatter_add_by_index", out.pointer, x.pointer, index.pointer,
+         out.backend.ffi.NULL if scale is None else scale.pointer, n, out.shape[0], out.shape[1], out.dtype)
 
 
 def restrict_logits(logits: Tensor, allowed: Tensor | None, sampling: Tensor, history: Tensor, lengths: Tensor, n: int,

@@ -1,4 +1,4 @@
-"""Handles of device memory: Tensor, Weight, KV and Batch. They own nothing; the Backend that made them does."""
+"""Handles of device memory: Tensor, Weight, KV, States and Batch. They own nothing; the Backend that made them does."""
 
 from __future__ import annotations
 
@@ -57,6 +57,21 @@ class KV:
     def __init__(self, struct, k: Tensor, v: Tensor):
         self.struct, self.k, self.v, self.dtype = struct, k, v, k.dtype
         self.pages, self.g, self.page_size, self.p = k.shape
+
+
+class States:
+    """One layer's recurrent states: by slot, the convolution's last inputs [taps - 1, c] and the memory [hv, pk, pv], f32."""
+
+    __slots__ = ("struct", "slots", "hk", "hv", "pk", "pv", "taps", "keep")
+
+    def __init__(self, struct, keep: Tensor):
+        self.struct, self.keep = struct, keep
+        for name in ("slots", "hk", "hv", "pk", "pv", "taps"):
+            setattr(self, name, getattr(struct, name))
+
+    @property
+    def channels(self) -> int:
+        return 2 * self.hk * self.pk + self.hv * self.pv
 
 
 class Batch:
