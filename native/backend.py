@@ -104,10 +104,7 @@ class Backend:
 
     def tensor(self, shape: Sequence[int], dtype: DType) -> Tensor:
         """A tensor of zeros."""
-        nbytes = prod(shape) * BLOCKS[dtype][1]
-        tensor = Tensor(self, self._alloc(nbytes), tuple(shape), dtype)
-        self.check(self.lib.tops_zero(self.stream, tensor.pointer, nbytes))
-        return tensor
+        return Tensor(self, self._alloc(prod(shape) * BLOCKS[dtype][1]), tuple(shape), dtype)
 
     def free(self, tensor: Tensor) -> None:
         """Only for what `tensor` gave."""
@@ -190,13 +187,14 @@ class Backend:
             _, dtype, rows, cols, scales = matrices[0]
             if any(matrix[1:4] != (dtype, rows, cols) or (matrix[4] is None) != (scales is None) for matrix in matrices):
                 raise ValueError(f"the experts of a layer must have one shape and format, unlike {DType(dtype).name} {rows} x {cols}")
+            expected = rows * row_bytes(dtype, cols)
             nbytes = self.lib.tops_packed_bytes(dtype, rows, cols)
             if nbytes < 0:
                 raise TensorOpsError(f"{self.device} has no kernels for a {DType(dtype).name} matrix of {rows} x {cols}")
             entry.data = self._arena_take(nbytes * len(matrices))
             for index, matrix in enumerate(matrices):
                 data = memoryview(matrix[0]).cast("B")
-                if len(data) != (expected := rows * row_bytes(dtype, cols)):
+                if len(data) != expected:
                     raise ValueError(f"a {DType(dtype).name} matrix of {rows} x {cols} has {expected} bytes, not {len(data)}")
                 self._pack_into(self.ffi.cast("char *", entry.data) + index * nbytes, data, dtype, rows, cols)
             if scales is not None:

@@ -121,7 +121,7 @@ int tops_stream_synchronize(tops_stream *stream);
 int64_t tops_scratch_bytes(int64_t n, int64_t widest, int64_t h, int64_t p);  /* enough for any op of n tokens, widest row or column */
 int tops_stream_reserve(tops_stream *stream, int64_t scratch_bytes);          /* grows, never shrinks; waits */
 
-int tops_alloc(tops_stream *stream, void **memory, int64_t bytes);            /* 64-byte aligned; CPU: 2 MB pages where allowed */
+int tops_alloc(tops_stream *stream, void **memory, int64_t bytes);            /* zeros, 64-byte aligned; CPU: 2 MB pages where allowed */
 int tops_free(tops_stream *stream, void *memory, int64_t bytes);
 int tops_alloc_host(tops_stream *stream, void **memory, int64_t bytes);       /* host memory the device copies from fastest */
 int tops_free_host(tops_stream *stream, void *memory, int64_t bytes);

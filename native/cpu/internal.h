@@ -1,0 +1,101 @@
+/* What the files of the CPU library share: the stream, the thread team, errors, and the table of kernels for one instruction set. */
+#ifndef TENSOR_OPS_CPU_INTERNAL_H
+#define TENSOR_OPS_CPU_INTERNAL_H
+
+#include <stdbool.h>
+#include <stddef.h>
+
+#include "tensor_ops.h"
+
+#define GROUP 16       /* rows of a weight that are stored interleaved and computed together */
+#define BLOCK 32       /* columns that share one activation scale */
+#define TILE 8         /* tokens that a tile computes together at most */
+
+/* ---- errors: record the message, return the status ---- */
+int tops_fail(int status, const char *format, ...) __attribute__((format(printf, 2, 3)));
+#define REQUIRE(condition, ...) do { if (!(condition)) return tops_fail(TOPS_INVALID, __VA_ARGS__); } while (0)
+
+/* ---- team: task(context, item) for every item in 0..items-1, on all threads of the stream; returns when all are done ---- */
+typedef struct tops_team tops_team;
+typedef void (*tops_task)(void *context, int64_t item);
+tops_team *tops_team_create(int threads);
+void tops_team_destroy(tops_team *team);
+int tops_team_threads(const tops_team *team);
+void tops_team_run(tops_team *team, int64_t items, tops_task task, void *context);
+
+struct tops_stream {
+    tops_team *team;
+    unsigned char *scratch;
+    int64_t scratch_bytes;
+};
+
+/* A cursor through the stream's scratch; take gives null when it is too small. */
+typedef struct {
+    unsigned char *next, *end;
+} tops_scratch;
+static inline tops_scratch scratch_of(tops_stream *stream) {
+    return (tops_scratch){stream->scratch, stream->scratch + stream->scratch_bytes};
+}
+static inline void *scratch_take(tops_scratch *scratch, int64_t bytes) {
+    bytes = (bytes + 63) & ~(int64_t)63;
+    if (scratch->end - scratch->next < bytes) return NULL;
+    void *memory = scratch->next;
+    scratch->next += bytes;
+    return memory;
+}
+#define REQUIRE_SCRATCH(pointer) \
+    REQUIRE((pointer) != NULL, "scratch: reserve more (tops_stream_reserve), %lld bytes are too few", (long long)stream->scratch_bytes)
+
+/* ---- rows of activations, as the tiles read them; strides are cols, cols, cols / 32, cols / 16 ---- */
+typedef struct {
+    const float *f32;
+    const int8_t *q8;         /* x = scale * q8, groups of 32 */
+    const float *scales;
+    const int32_t *sums;      /* of q8, by halves of a group */
+    int64_t cols;
+} tops_rows;
+
+/* out [tokens, GROUP] = rows first .. first + tokens - 1 of x times one group of packed weight rows; fp8 scales by 128 columns */
+typedef void (*tops_tile)(float *out, const unsigned char *group, const tops_rows *x, int64_t first, int tokens, const float *scales);
+
+/* Queries of `tokens` neighbouring rows of one sequence and `heads` query heads that share key-value head `head`, against the
+ * positions from .. until - 1: unnormalised output, running maximum and sum for each (token, head). */
+typedef struct {
+    const float *q;           /* [tokens * heads, p], already scaled */
+    const int32_t *pages;     /* the sequence's row of the page table */
+    const tops_kv *kv;
+    int64_t g, p, head;
+    int rows, heads;
+    const int32_t *positions; /* [tokens] */
+    int64_t from, until;
+    float *out, *maximum, *sum;
+} tops_attention_item;
+
+#define DTYPES 31   /* F32 .. BF16 by number, FP8 in slot 29 */
+static inline int dtype_slot(int dtype) { return dtype == TOPS_FP8_E4M3 ? 29 : dtype; }
+
+/* Everything whose speed depends on the instruction set. */
+typedef struct {
+    const char *name;
+    tops_tile tile_f32[DTYPES], tile_q8[DTYPES];
+    void (*rms_norm)(float *out, const float *x, const float *weight, int64_t d, float eps);
+    void (*quantize_row)(int8_t *q, float *scales, int32_t *sums, const float *x, int64_t cols);
+    void (*silu_mul)(float *out, const float *gate, const float *up, int64_t count);
+    void (*attend)(const tops_attention_item *item);
+    void (*load_row)(float *out, const void *in, int dtype, int64_t count);
+    void (*store_row)(void *out, const float *in, int dtype, int64_t count);
+    float (*sum_bytes)(const void *in, int64_t bytes);
+} tops_kernels;
+
+extern const tops_kernels *tops_cpu;   /* chosen when the library is loaded */
+void tops_kernels_c(tops_kernels *table);
+void tops_kernels_avx2(tops_kernels *table);
+void tops_kernels_avx512(tops_kernels *table);
+
+/* ---- packed weights ---- */
+bool tops_is_quantised(int dtype);
+int64_t tops_group_bytes(int dtype, int64_t cols);   /* of GROUP rows; -1: not supported */
+static inline int64_t group_count(int64_t rows) { return (rows + GROUP - 1) / GROUP; }
+static inline size_t storage_bytes(int dtype) { return dtype == TOPS_F32 ? 4 : 2; }
+
+#endif

@@ -1,0 +1,215 @@
+/* The float kernels and the plain tiles, compiled once for each instruction set: the compiler vectorises these loops.
+ * Integer tiles for AVX2 and AVX-512 stand in ops/linear_tile.*.c. */
+#include "formats.h"
+
+#define PASTE(a, b) a##b
+#define NAMED(a, b) PASTE(a, b)
+#define KERNELS NAMED(tops_kernels_, TOPS_ISA_NAME)
+#define STRING(a) #a
+#define TEXT(a) STRING(a)
+
+/* ---- rows ---- */
+static void load_row(float *restrict out, const void *restrict in, int dtype, int64_t count) {
+    const uint16_t *half = in;
+    if (dtype == TOPS_F32) memcpy(out, in, (size_t)count * 4);
+    else if (dtype == TOPS_BF16) for (int64_t i = 0; i < count; i++) out[i] = float_of_bf16(half[i]);
+    else for (int64_t i = 0; i < count; i++) out[i] = float_of_f16(half[i]);
+}
+
+static void store_row(void *restrict out, const float *restrict in, int dtype, int64_t count) {
+    uint16_t *half = out;
+    if (dtype == TOPS_F32) memcpy(out, in, (size_t)count * 4);
+    else if (dtype == TOPS_BF16) for (int64_t i = 0; i < count; i++) half[i] = bf16_of_float(in[i]);
+    else for (int64_t i = 0; i < count; i++) half[i] = f16_of_float(in[i]);
+}
+
+static void rms_norm(float *restrict out, const float *restrict x, const float *restrict weight, int64_t d, float eps) {
+    float sum = 0;
+    for (int64_t i = 0; i < d; i++) sum += x[i] * x[i];
+    float factor = 1.0f / sqrtf(sum / (float)d + eps);
+    for (int64_t i = 0; i < d; i++) out[i] = x[i] * factor * weight[i];
+}
+
+static void silu_mul(float *out, const float *gate, const float *up, int64_t count) {
+    for (int64_t i = 0; i < count; i++) out[i] = silu(gate[i]) * up[i];
+}
+
+static void quantize_row(int8_t *restrict q, float *restrict scales, int32_t *restrict sums, const float *restrict x, int64_t cols) {
+    for (int64_t b = 0; b < cols / BLOCK; b++, x += BLOCK, q += BLOCK) {
+        float most = 0;
+        for (int c = 0; c < BLOCK; c++) most = fabsf(x[c]) > most ? fabsf(x[c]) : most;
+        float inverse = most > 0 ? 127.0f / most : 0;
+        scales[b] = most / 127.0f;
+        for (int half = 0; half < 2; half++) {
+            int32_t sum = 0;
+            for (int c = 16 * half; c < 16 * half + 16; c++) {
+                int32_t code = (int32_t)rintf(x[c] * inverse);
+                q[c] = (int8_t)code;
+                sum += code;
+            }
+            sums[2 * b + half] = sum;
+        }
+    }
+}
+
+static float sum_bytes(const void *in, int64_t bytes) {
+    const unsigned char *at = in;
+    uint64_t sum[16] = {0}, word[16];
+    for (; bytes >= 128; bytes -= 128, at += 128) {
+        memcpy(word, at, 128);
+        for (int i = 0; i < 16; i++) sum[i] += word[i];
+    }
+    for (int i = 1; i < 16; i++) sum[0] += sum[i];
+    for (int64_t i = 0; i < bytes; i++) sum[0] += at[i];
+    return (float)sum[0];
+}
+
+/* ---- tiles ---- */
+
+/* Columns first .. first + count - 1 (at most BLOCK) of a group as f32 [count, GROUP]. */
+static inline __attribute__((always_inline)) void decode(float (*restrict w)[GROUP], const unsigned char *group, int dtype, int64_t first,
+                                                         int count, const float *scales) {
+    tops_format f = format_of(dtype);
+    if (f.super) {
+        const unsigned char *header = header_at(f, group, first / BLOCK), *block = block_at(f, group, first / BLOCK);
+        float scale[2][GROUP], minimum[2][GROUP];
+        for (int half = 0; half < 2; half++)
+            for (int row = 0; row < GROUP; row++) affine_of(dtype, header, block, row, half, &scale[half][row], &minimum[half][row]);
+        for (int c = 0; c < BLOCK; c++)
+            for (int row = 0; row < GROUP; row++) w[c][row] = scale[c / 16][row] * (float)(code_at(f, block, row, c) - f.offset) + minimum[c / 16][row];
+        return;
+    }
+    for (int c = 0; c < count; c++) {
+        int64_t place = (first + c) * GROUP;
+        if (dtype == TOPS_F32) memcpy(w[c], group + place * 4, sizeof w[c]);
+        else if (dtype == TOPS_F16) for (int row = 0; row < GROUP; row++) w[c][row] = float_of_f16(u16_at(group, place + row));
+        else if (dtype == TOPS_BF16)
+            for (int row = 0; row < GROUP; row++) w[c][row] = float_of_bf16(u16_at(group, ((first + c) / 2 * GROUP + row) * 2 + (first + c) % 2));
+        else {
+            float block_scale = scales ? scales[(first + c) / 128] : 1.0f;
+            for (int row = 0; row < GROUP; row++) w[c][row] = float_of_fp8(group[place + row]) * block_scale;
+        }
+    }
+}
+
+static inline __attribute__((always_inline)) void tile_f32(int dtype, float *restrict out, const unsigned char *group, const tops_rows *x,
+                                                           int64_t first, int tokens, const float *scales) {
+    float sum[TILE][GROUP] = {{0}}, w[BLOCK][GROUP];
+    for (int64_t c = 0; c < x->cols; c += BLOCK) {
+        int count = x->cols - c < BLOCK ? (int)(x->cols - c) : BLOCK;
+        decode(w, group, dtype, c, count, scales);
+        for (int t = 0; t < tokens; t++) {
+            const float *row = x->f32 + (first + t) * x->cols + c;
+            float part[GROUP];
+            memcpy(part, sum[t], sizeof part);
+            for (int i = 0; i < count; i++)
+                for (int r = 0; r < GROUP; r++) part[r] += w[i][r] * row[i];
+            memcpy(sum[t], part, sizeof part);
+        }
+    }
+    memcpy(out, sum, (size_t)tokens * GROUP * sizeof(float));
+}
+
+/* Integer dot products by halves of a block; scale and minimum are applied to their sums, as the vector tiles do. */
+static inline __attribute__((always_inline)) void tile_q8(int dtype, float *restrict out, const unsigned char *group, const tops_rows *x,
+                                                          int64_t first, int tokens) {
+    tops_format f = format_of(dtype);
+    for (int i = 0; i < tokens * GROUP; i++) out[i] = 0;
+    for (int64_t b = 0; b < x->cols / BLOCK; b++) {
+        const unsigned char *header = header_at(f, group, b), *block = block_at(f, group, b);
+        for (int half = 0; half < 2; half++) {
+            int32_t code[16][GROUP];
+            float scale[GROUP], minimum[GROUP];
+            for (int r = 0; r < GROUP; r++) affine_of(dtype, header, block, r, half, &scale[r], &minimum[r]);
+            for (int c = 0; c < 16; c++)
+                for (int r = 0; r < GROUP; r++) code[c][r] = code_at(f, block, r, 16 * half + c);
+            for (int t = 0; t < tokens; t++) {
+                const int8_t *q = x->q8 + (first + t) * x->cols + b * BLOCK + 16 * half;
+                int32_t sum = x->sums[(first + t) * (x->cols / 16) + 2 * b + half], dot[GROUP];
+                float step = x->scales[(first + t) * (x->cols / BLOCK) + b];
+                for (int r = 0; r < GROUP; r++) dot[r] = -f.offset * sum;
+                for (int c = 0; c < 16; c++)
+                    for (int r = 0; r < GROUP; r++) dot[r] += code[c][r] * q[c];
+                for (int r = 0; r < GROUP; r++) out[t * GROUP + r] += scale[r] * (step * (float)dot[r]) + minimum[r] * (step * (float)sum);
+            }
+        }
+    }
+}
+
+#define TILE_F32(NAME) \
+    static void tile_f32_##NAME(float *out, const unsigned char *group, const tops_rows *x, int64_t first, int tokens, const float *scales) { \
+        tile_f32(TOPS_##NAME, out, group, x, first, tokens, scales); \
+    }
+#define TILES(NAME) \
+    TILE_F32(NAME) \
+    static void tile_q8_##NAME(float *out, const unsigned char *group, const tops_rows *x, int64_t first, int tokens, const float *scales) { \
+        (void)scales; \
+        tile_q8(TOPS_##NAME, out, group, x, first, tokens); \
+    }
+TILE_F32(F32) TILE_F32(F16) TILE_F32(BF16) TILE_F32(FP8_E4M3)
+TILES(Q4_0) TILES(Q4_1) TILES(Q5_0) TILES(Q5_1) TILES(Q8_0) TILES(Q4_K) TILES(Q5_K) TILES(Q6_K)
+
+/* ---- attention: a page at a time, softmax carried along (Milakov and Gimelshein 2018) ---- */
+enum { HEAD_MAX = 256, STRIDE = 32 };   /* widest head; positions taken at once */
+
+static void attend(const tops_attention_item *item) {
+    int64_t p = item->p, page_size = item->kv->page_size;
+    int rows = item->rows * item->heads;
+    float keys[STRIDE * HEAD_MAX], score[STRIDE];
+    for (int r = 0; r < rows; r++) {
+        item->maximum[r] = -INFINITY;
+        item->sum[r] = 0;
+    }
+    memset(item->out, 0, (size_t)(rows * p) * sizeof(float));
+    for (int64_t at = item->from; at < item->until;) {
+        int64_t in_page = at % page_size, count = page_size - in_page;
+        if (count > STRIDE) count = STRIDE;
+        if (count > item->until - at) count = item->until - at;
+        int64_t page = item->pages[at / page_size];
+        size_t place = (size_t)(((page * item->g + item->head) * page_size + in_page) * p) * storage_bytes(item->kv->dtype);
+        float values[STRIDE * HEAD_MAX];
+        load_row(keys, (const unsigned char *)item->kv->k + place, item->kv->dtype, count * p);
+        load_row(values, (const unsigned char *)item->kv->v + place, item->kv->dtype, count * p);
+        for (int r = 0; r < rows; r++) {
+            int64_t visible = item->positions[r / item->heads] + 1 - at;
+            if (visible <= 0) continue;
+            int many = (int)(visible < count ? visible : count);
+            const float *restrict q = item->q + r * p;
+            float *restrict out = item->out + r * p;
+            float highest = item->maximum[r];
+            for (int s = 0; s < many; s++) {
+                const float *restrict k = keys + s * p;
+                float dot = 0;
+                for (int64_t c = 0; c < p; c++) dot += q[c] * k[c];
+                score[s] = dot;
+                highest = dot > highest ? dot : highest;
+            }
+            float shrink = fast_exp(item->maximum[r] - highest), total = item->sum[r] * shrink;
+            if (shrink != 1.0f) for (int64_t c = 0; c < p; c++) out[c] *= shrink;
+            for (int s = 0; s < many; s++) {
+                score[s] = fast_exp(score[s] - highest);
+                total += score[s];
+            }
+            for (int s = 0; s < many; s++)
+                for (int64_t c = 0; c < p; c++) out[c] += score[s] * values[s * p + c];
+            item->maximum[r] = highest;
+            item->sum[r] = total;
+        }
+        at += count;
+    }
+}
+
+void KERNELS(tops_kernels *table) {
+    table->name = TEXT(TOPS_ISA_NAME);
+#define PUT_F32(NAME) table->tile_f32[dtype_slot(TOPS_##NAME)] = tile_f32_##NAME;
+#define PUT(NAME) PUT_F32(NAME) table->tile_q8[TOPS_##NAME] = tile_q8_##NAME;
+    PUT_F32(F32) PUT_F32(F16) PUT_F32(BF16) PUT_F32(FP8_E4M3)
+    PUT(Q4_0) PUT(Q4_1) PUT(Q5_0) PUT(Q5_1) PUT(Q8_0) PUT(Q4_K) PUT(Q5_K) PUT(Q6_K)
+    table->rms_norm = rms_norm;
+    table->quantize_row = quantize_row;
+    table->silu_mul = silu_mul;
+    table->attend = attend;
+    table->load_row = load_row;
+    table->store_row = store_row;
+    table->sum_bytes = sum_bytes;
+}

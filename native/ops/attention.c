@@ -1,0 +1,117 @@
+/* Attention over paged keys and values, for prefill and decode alike.
+ *
+ * Work is cut into items: up to TOKENS neighbouring rows of one sequence, one key-value head, one span of positions. Spans are cut
+ * where items would be too few to go round; their softmaxes are merged at the end (log-sum-exp weights).
+ */
+#include <math.h>
+#include <string.h>
+
+#include "../cpu/internal.h"
+
+enum { TOKENS = 8, SPAN = 256, QUERIES = 16384 };   /* QUERIES: floats of an item's queries, on the stack */
+
+typedef struct {
+    int32_t first, tokens;    /* rows of the batch */
+} row_run;
+
+typedef struct {
+    unsigned char *out;
+    const unsigned char *qkv;
+    const tops_kv *kv;
+    const tops_batch *batch;
+    const row_run *runs;
+    int64_t h, g, p, row_cols, splits, span;
+    float scale;
+    float *partial, *maximum, *sum;   /* [splits, n, h, p], [splits, n, h] twice; inside a run ordered by head, then by row */
+    int gated, dtype;
+} attention_job;
+
+static int64_t place_of(const attention_job *job, int64_t split, const row_run *run, int64_t head) {
+    return (split * job->batch->n + run->first) * job->h + head * run->tokens * (job->h / job->g);
+}
+
+static void attend_item(void *context, int64_t index) {
+    const attention_job *job = context;
+    int64_t split = index % job->splits, head = index / job->splits % job->g, heads = job->h / job->g, p = job->p;
+    const row_run *run = job->runs + index / job->splits / job->g;
+    float q[QUERIES];
+    for (int t = 0; t < run->tokens; t++)
+        tops_cpu->load_row(q + t * heads * p, job->qkv + ((run->first + t) * job->row_cols + head * heads * p) * (int64_t)storage_bytes(job->dtype),
+                           job->dtype, heads * p);
+    for (int64_t i = 0; i < run->tokens * heads * p; i++) q[i] *= job->scale;
+
+    const int32_t *positions = job->batch->positions + run->first;
+    int64_t from = split * job->span, until = positions[run->tokens - 1] + 1;
+    if (until > from + job->span) until = from + job->span;
+    int64_t place = place_of(job, split, run, head);
+    tops_attention_item item = {
+        .q = q, .pages = job->batch->page_table + job->batch->sequences[run->first] * job->batch->max_pages, .kv = job->kv,
+        .g = job->g, .p = p, .head = head, .rows = run->tokens, .heads = (int)heads, .positions = positions,
+        .from = from, .until = until, .out = job->partial + place * p, .maximum = job->maximum + place, .sum = job->sum + place};
+    tops_cpu->attend(&item);
+}
+
+static void merge_run(void *context, int64_t index) {
+    const attention_job *job = context;
+    int64_t heads = job->h / job->g, p = job->p, size = (int64_t)storage_bytes(job->dtype);
+    const row_run *run = job->runs + index;
+    float merged[256], gate[256];
+    for (int t = 0; t < run->tokens; t++) {
+        for (int64_t j = 0; j < job->h; j++) {
+            float highest = -INFINITY, total = 0;
+            int64_t row = place_of(job, 0, run, j / heads) + t * heads + j % heads, step = job->batch->n * job->h;
+            for (int64_t s = 0; s < job->splits; s++)
+                if (job->sum[row + s * step] > 0 && job->maximum[row + s * step] > highest) highest = job->maximum[row + s * step];
+            memset(merged, 0, sizeof merged);
+            for (int64_t s = 0; s < job->splits; s++) {
+                int64_t at = row + s * step;
+                if (!(job->sum[at] > 0)) continue;
+                float share = expf(job->maximum[at] - highest);
+                total += share * job->sum[at];
+                for (int64_t c = 0; c < p; c++) merged[c] += share * job->partial[at * p + c];
+            }
+            for (int64_t c = 0; c < p; c++) merged[c] /= total;
+            if (job->gated) {
+                tops_cpu->load_row(gate, job->qkv + ((run->first + t) * job->row_cols + (job->h + 2 * job->g + j) * p) * size, job->dtype, p);
+                for (int64_t c = 0; c < p; c++) merged[c] /= 1.0f + expf(-gate[c]);
+            }
+            tops_cpu->store_row(job->out + ((run->first + t) * job->h + j) * p * size, merged, job->dtype, p);
+        }
+    }
+}
+
+int tops_paged_attention(tops_stream *stream, void *out, const void *qkv, const tops_kv *kv, const tops_batch *batch,
+                         int64_t h, int64_t g, int64_t p, float scale, int32_t gated, int32_t dtype) {
+    int64_t n = batch->n;
+    REQUIRE(dtype == TOPS_F32 || dtype == TOPS_BF16, "dtype: must be f32 or bf16, not %d", dtype);
+    REQUIRE(g >= 1 && h % g == 0, "h: must be a multiple of g = %lld, not %lld", (long long)g, (long long)h);
+    REQUIRE(p >= 1 && p <= 256 && h / g * p <= QUERIES, "p: must be in 1..256 with at most 16384 values in a group of heads, not %lld", (long long)p);
+    if (n == 0) return TOPS_OK;
+    tops_scratch scratch = scratch_of(stream);
+    row_run *runs = scratch_take(&scratch, n * (int64_t)sizeof *runs);
+    REQUIRE_SCRATCH(runs);
+    int64_t count = 0, most = QUERIES / (h / g * p), longest = 0;
+    if (most > TOKENS) most = TOKENS;
+    for (int64_t t = 0; t < n; t++) {
+        row_run *last = runs + count - 1;
+        int64_t position = batch->positions[t];
+        REQUIRE(position >= 0 && position < batch->max_pages * kv->page_size, "positions[%lld]: outside the page table: %lld", (long long)t, (long long)position);
+        if (position + 1 > longest) longest = position + 1;
+        if (count && batch->sequences[last->first] == batch->sequences[t] && last->tokens < most) last->tokens++;
+        else runs[count++] = (row_run){(int32_t)t, 1};
+    }
+    int64_t splits = (longest + SPAN - 1) / SPAN, wanted = tops_team_threads(stream->team) * 4;
+    if (splits > (wanted + count * g - 1) / (count * g)) splits = (wanted + count * g - 1) / (count * g);
+    if (splits * n > n + 64) splits = (n + 64) / n;   /* what tops_scratch_bytes provides for */
+    attention_job job = {.out = out, .qkv = qkv, .kv = kv, .batch = batch, .runs = runs, .h = h, .g = g, .p = p,
+                         .row_cols = ((gated ? 2 * h : h) + 2 * g) * p, .splits = splits, .span = (longest + splits - 1) / splits,
+                         .scale = scale, .gated = gated, .dtype = dtype};
+    job.partial = scratch_take(&scratch, splits * n * h * p * 4);
+    job.maximum = scratch_take(&scratch, splits * n * h * 4);
+    job.sum = scratch_take(&scratch, splits * n * h * 4);
+    REQUIRE_SCRATCH(job.sum);
+    tops_team_run(stream->team, count * g * splits, attend_item, &job);
+    if (n < 8) for (int64_t i = 0; i < count; i++) merge_run(&job, i);
+    else tops_team_run(stream->team, count, merge_run, &job);
+    return TOPS_OK;
+}

@@ -1,0 +1,160 @@
+/* Linear layers: rows are prepared once (normed, rounded), then tiles of GROUP weight rows by TILE tokens are shared out. */
+#include <string.h>
+
+#include "../cpu/internal.h"
+
+enum { STORE, ADD, GATE_UP };
+enum { TOKENS_AT_ONCE = 64 };   /* tokens whose prepared rows stay in the cache while a chunk of weight rows passes */
+
+typedef struct {
+    const tops_weight *w;
+    int parts, mode, out_dtype;
+    void *out;
+    int64_t n, out_cols, groups, chunk;
+    tops_rows x;
+} linear_job;
+
+typedef struct {
+    const void *x;
+    const float *norm;
+    float eps;
+    int dtype;
+    bool round, quantise;
+    int64_t cols;
+    float *f32;
+    int8_t *q8;
+    float *scales;
+    int32_t *sums;
+} prepare_job;
+
+static void prepare_row(void *context, int64_t t) {
+    const prepare_job *job = context;
+    int64_t cols = job->cols;
+    float *row = job->f32 + t * cols;
+    tops_cpu->load_row(row, (const unsigned char *)job->x + t * cols * (int64_t)storage_bytes(job->dtype), job->dtype, cols);
+    if (job->norm) tops_cpu->rms_norm(row, row, job->norm, cols, job->eps);
+    if (job->round) {   /* in place: each value is read before the shorter one is written over it */
+        tops_cpu->store_row(row, row, TOPS_BF16, cols);
+        uint16_t *half = (uint16_t *)row;
+        for (int64_t i = cols - 1; i >= 0; i--) {
+            uint32_t bits = (uint32_t)half[i] << 16;
+            memcpy(row + i, &bits, 4);
+        }
+    }
+    if (job->quantise)
+        tops_cpu->quantize_row(job->q8 + t * cols, job->scales + t * (cols / BLOCK), job->sums + t * (cols / 16), row, cols);
+}
+
+static void finish(const linear_job *job, const float *tile, int64_t token, int tokens, int64_t first_row, int count) {
+    for (int t = 0; t < tokens; t++) {
+        int64_t place = (token + t) * job->out_cols + first_row;
+        unsigned char *out = (unsigned char *)job->out + place * (int64_t)storage_bytes(job->out_dtype);
+        float row[GROUP];
+        memcpy(row, tile + t * GROUP, sizeof row);
+        if (job->mode == ADD) {
+            float before[GROUP];
+            tops_cpu->load_row(before, out, job->out_dtype, count);
+            for (int r = 0; r < count; r++) row[r] += before[r];
+        }
+        tops_cpu->store_row(out, row, job->out_dtype, count);
+    }
+}
+
+static tops_tile tile_for(const tops_weight *w) {
+    bool integers = w->activations == TOPS_Q8_0 && tops_is_quantised(w->dtype);
+    return integers ? tops_cpu->tile_q8[dtype_slot(w->dtype)] : tops_cpu->tile_f32[dtype_slot(w->dtype)];
+}
+
+static void run_group(const linear_job *job, int64_t group, int64_t first, int64_t until) {
+    int64_t row = 0, part = 0;
+    if (job->mode != GATE_UP)
+        for (; group >= group_count(job->w[part].rows); part++) {
+            group -= group_count(job->w[part].rows);
+            row += job->w[part].rows;
+        }
+    const tops_weight *w = job->w + part;
+    int64_t left = w->rows - group * GROUP, bytes = tops_group_bytes(w->dtype, w->cols);
+    int count = left < GROUP ? (int)left : GROUP;
+    for (int64_t t = first; t < until; t += TILE) {
+        int tokens = until - t < TILE ? (int)(until - t) : TILE;
+        float tile[TILE * GROUP], up[TILE * GROUP];
+        const float *scales = w->scales ? w->scales + group * GROUP / 128 * ((w->cols + 127) / 128) : NULL;
+        tile_for(w)(tile, (const unsigned char *)w->data + group * bytes, &job->x, t, tokens, scales);
+        if (job->mode == GATE_UP) {
+            const tops_weight *other = w + 1;
+            scales = other->scales ? other->scales + group * GROUP / 128 * ((w->cols + 127) / 128) : NULL;
+            tile_for(other)(up, (const unsigned char *)other->data + group * tops_group_bytes(other->dtype, w->cols), &job->x, t, tokens, scales);
+            tops_cpu->silu_mul(tile, tile, up, tokens * GROUP);
+        }
+        finish(job, tile, t, tokens, row + group * GROUP, count);
+    }
+}
+
+static void run_chunk(void *context, int64_t item) {
+    const linear_job *job = context;
+    int64_t from = item * job->chunk, to = from + job->chunk < job->groups ? from + job->chunk : job->groups;
+    for (int64_t first = 0; first < job->n; first += TOKENS_AT_ONCE) {
+        int64_t until = first + TOKENS_AT_ONCE < job->n ? first + TOKENS_AT_ONCE : job->n;
+        for (int64_t group = from; group < to; group++) run_group(job, group, first, until);
+    }
+}
+
+static int run(tops_stream *stream, void *out, const void *x, const float *norm, const tops_weight *w, int parts, int64_t n, float eps,
+               int dtype, int out_dtype, int mode) {
+    REQUIRE(n >= 0, "n: must be at least 0, not %lld", (long long)n);
+    REQUIRE(parts >= 1, "parts: must be at least 1, not %d", parts);
+    REQUIRE(dtype == TOPS_F32 || dtype == TOPS_BF16, "dtype: must be f32 or bf16, not %d", dtype);
+    int64_t cols = w->cols, rows = 0, groups = 0;
+    bool quantise = false, round = false;
+    for (int i = 0; i < parts; i++) {
+        REQUIRE(w[i].cols == cols, "w[%d].cols: must be %lld as in the first part, not %lld", i, (long long)cols, (long long)w[i].cols);
+        REQUIRE(tops_packed_bytes(w[i].dtype, w[i].rows, cols) >= 0, "w[%d]: no kernel for dtype %d with %lld columns", i, w[i].dtype, (long long)cols);
+        rows += w[i].rows;
+        groups += group_count(w[i].rows);
+        quantise = quantise || (w[i].activations == TOPS_Q8_0 && tops_is_quantised(w[i].dtype));
+        round = round || w[i].activations == TOPS_BF16;
+    }
+    if (n == 0 || rows == 0) return TOPS_OK;
+
+    tops_scratch scratch = scratch_of(stream);
+    float *f32 = scratch_take(&scratch, n * cols * 4);
+    REQUIRE_SCRATCH(f32);
+    prepare_job prepare = {.x = x, .norm = norm, .eps = eps, .dtype = dtype, .round = round, .quantise = quantise, .cols = cols, .f32 = f32};
+    if (quantise) {
+        prepare.q8 = scratch_take(&scratch, n * cols);
+        prepare.scales = scratch_take(&scratch, n * (cols / BLOCK) * 4);
+        prepare.sums = scratch_take(&scratch, n * (cols / 16) * 4);
+        REQUIRE_SCRATCH(prepare.sums);
+    }
+    /* A wake-up of the team costs more than a few short rows. */
+    if (n * cols < 16384) for (int64_t t = 0; t < n; t++) prepare_row(&prepare, t);
+    else tops_team_run(stream->team, n, prepare_row, &prepare);
+
+    linear_job job = {.w = w, .parts = parts, .mode = mode, .out_dtype = out_dtype, .out = out, .n = n, .out_cols = mode == GATE_UP ? w->rows : rows,
+                      .groups = mode == GATE_UP ? group_count(w->rows) : groups,
+                      .x = {f32, prepare.q8, prepare.scales, prepare.sums, cols}};
+    int64_t shares = tops_team_threads(stream->team) * 8;
+    job.chunk = (job.groups + shares - 1) / shares;
+    tops_team_run(stream->team, (job.groups + job.chunk - 1) / job.chunk, run_chunk, &job);
+    return TOPS_OK;
+}
+
+int tops_linear(tops_stream *stream, void *out, const void *x, const tops_weight *w, int32_t parts, int64_t n, int32_t dtype) {
+    return run(stream, out, x, NULL, w, parts, n, 0, dtype, dtype, STORE);
+}
+int tops_linear_add(tops_stream *stream, void *out, const void *x, const tops_weight *w, int64_t n, int32_t dtype) {
+    return run(stream, out, x, NULL, w, 1, n, 0, dtype, dtype, ADD);
+}
+int tops_rms_norm_linear(tops_stream *stream, void *out, const void *x, const float *norm, const tops_weight *w, int32_t parts,
+                         int64_t n, float eps, int32_t dtype) {
+    return run(stream, out, x, norm, w, parts, n, eps, dtype, dtype, STORE);
+}
+int tops_rms_norm_linear_f32(tops_stream *stream, float *out, const void *x, const float *norm, const tops_weight *w, int32_t parts,
+                             int64_t n, float eps, int32_t dtype) {
+    return run(stream, out, x, norm, w, parts, n, eps, dtype, TOPS_F32, STORE);
+}
+int tops_rms_norm_gate_up_silu(tops_stream *stream, void *out, const void *x, const float *norm, const tops_weight *w,
+                               int64_t n, float eps, int32_t dtype) {
+    REQUIRE(w[0].rows == w[1].rows, "w: gate and up must have equal rows, not %lld and %lld", (long long)w[0].rows, (long long)w[1].rows);
+    return run(stream, out, x, norm, w, 2, n, eps, dtype, dtype, GATE_UP);
+}

@@ -1,0 +1,150 @@
+"""Linear layers against x W^T in float64, for every weight format, activation and shape."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from arrays import Guarded, error, get, put, round_to
+from inference_pio.native import ops
+from inference_pio.native.backend import TensorOpsError
+from inference_pio.native.dtype import DType
+from weights import FLOATS, QUANTISED, random_weight
+
+EPS = 1e-5
+ALL = (*FLOATS, DType.FP8_E4M3, *QUANTISED)
+TOLERANCE = {DType.F32: 2e-6, DType.BF16: 6e-3}
+
+
+def pack(backend, rng, dtype, rows, cols, activations=DType.F32):
+    data, values, scales = random_weight(rng, dtype, rows, cols)
+    return backend.pack([(data, dtype, rows, cols, None if scales is None else scales.tobytes())], activations), values
+
+
+def shapes(dtype):
+    wide = 256 if dtype in (DType.Q4_K, DType.Q5_K, DType.Q6_K) else 32
+    if dtype in QUANTISED:
+        return [(1, wide), (16, wide), (17, 3 * wide), (200, 512)]
+    return [(1, 1), (16, 32), (17, 33), (130, 257), (200, 512)]
+
+
+@pytest.mark.parametrize("dtype", ALL, ids=lambda d: d.name)
+def test_packed_weights_decode_to_the_files_values_bit_for_bit(backend, rng, dtype):
+    for rows, cols in shapes(dtype):
+        w, values = pack(backend, rng, dtype, rows, cols)
+        out = Guarded(backend, rows, cols)
+        ops.unpack_rows(out.tensor, w, 0, rows)
+        assert np.array_equal(out.read(), values.astype(np.float32)), (rows, cols)
+
+
+@pytest.mark.parametrize("dtype", ALL, ids=lambda d: d.name)
+@pytest.mark.parametrize("storage", [DType.F32, DType.BF16], ids=lambda d: d.name)
+@pytest.mark.parametrize("n", [0, 1, 3, 8, 9, 33])
+def test_linear(backend, rng, dtype, storage, n):
+    for rows, cols in shapes(dtype):
+        w, values = pack(backend, rng, dtype, rows, cols)
+        x = round_to(rng.standard_normal((n, cols)), storage)
+        out = Guarded(backend, n, rows, storage)
+        ops.linear(out.tensor, put(backend, x, storage), w, n)
+        assert error(out.read(), x @ values.T) < TOLERANCE[storage], (rows, cols)
+
+
+@pytest.mark.parametrize("dtype", QUANTISED, ids=lambda d: d.name)
+@pytest.mark.parametrize("n", [1, 2, 5, 8, 19, 64, 65])
+def test_linear_with_8_bit_activations(backend, rng, dtype, n):
+    for rows, cols in shapes(dtype):
+        w, values = pack(backend, rng, dtype, rows, cols, DType.Q8_0)
+        x = rng.standard_normal((n, cols)).astype(np.float32)
+        groups = x.reshape(n, -1, 32)
+        scale = np.abs(groups).max(2, keepdims=True) / np.float32(127)
+        rounded = (np.rint(groups * (np.float32(1) / scale)) * scale).reshape(n, cols).astype(np.float64)
+        out = Guarded(backend, n, rows)
+        ops.linear(out.tensor, put(backend, x), w, n)
+        # A product that lies between two codes may round either way: one code of one column is what may differ.
+        slack = (scale.max() * np.abs(values).max() * 1.01) / np.abs(rounded @ values.T).max()
+        assert error(out.read(), rounded @ values.T) < 3e-6 + slack, (rows, cols)
+        exact = np.abs(out.read() - rounded @ values.T) <= 3e-6 * np.abs(rounded @ values.T).max() + 1e-5 * np.abs(rounded) @ np.abs(values.T)
+        assert exact.mean() > 0.9, (rows, cols)
+
+
+@pytest.mark.parametrize("activations", [DType.F32, DType.BF16, DType.Q8_0], ids=lambda d: d.name)
+@pytest.mark.parametrize("n", [0, 1, 7, 16])
+def test_rms_norm_linear_of_stacked_parts_in_mixed_formats(backend, rng, activations, n):
+    d = 256
+    parts, values = [], []
+    for dtype, rows in ((DType.Q4_1, 48), (DType.Q8_0, 20), (DType.Q6_K, 33), (DType.F32, 5)):
+        data, value, _ = random_weight(rng, dtype, rows, d)
+        parts.append((data, dtype, rows, d, None))
+        values.append(value)
+    w, x, norm = backend.pack(parts, activations), rng.standard_normal((n, d)) * 3, rng.uniform(0.5, 1.5, d)
+    out = Guarded(backend, n, w.rows)
+    ops.rms_norm_linear(out.tensor, put(backend, x), put(backend, norm), w, n, EPS)
+    normed = x / np.sqrt((x * x).mean(1, keepdims=True) + EPS) * norm
+    limit = {DType.F32: 3e-6, DType.BF16: 1e-2, DType.Q8_0: 1.5e-2}[activations]
+    assert error(out.read(), normed @ np.concatenate(values).T) < limit
+
+
+@pytest.mark.parametrize("storage", [DType.F32, DType.BF16], ids=lambda d: d.name)
+@pytest.mark.parametrize("dtype", [DType.F32, DType.BF16, DType.Q8_0, DType.Q4_K], ids=lambda d: d.name)
+@pytest.mark.parametrize("n", [0, 1, 9])
+def test_gate_up_silu_residual_and_logits(backend, rng, storage, dtype, n):
+    d, i = 256, 512
+    x, norm = round_to(rng.standard_normal((n, d)), storage), rng.uniform(0.5, 1.5, d).astype(np.float32)
+    parts = [random_weight(rng, dtype, i, d) for _ in range(2)]
+    gate_up = backend.pack([(data, dtype, i, d, None) for data, _, _ in parts], DType.F32)
+    normed = x / np.sqrt((x * x).mean(1, keepdims=True) + EPS) * norm
+    gate, up = (normed @ values.T for _, values, _ in parts)
+    expected = gate / (1 + np.exp(-gate)) * up
+    out = Guarded(backend, n, i, storage)
+    ops.rms_norm_gate_up_silu(out.tensor, put(backend, x, storage), put(backend, norm), gate_up, n, EPS)
+    assert error(out.read(), expected) < TOLERANCE[storage] * 3
+
+    down, values = pack(backend, rng, dtype, d, i)
+    activated, residual = round_to(expected, storage), round_to(rng.standard_normal((n, d)), storage)
+    out = Guarded(backend, n, d, storage, residual)
+    ops.linear_add(out.tensor, put(backend, activated, storage), down, n)
+    assert error(out.read(), residual + activated @ values.T) < TOLERANCE[storage]
+
+    head, values = pack(backend, rng, dtype, 77, d)
+    out = Guarded(backend, n, 77)
+    ops.rms_norm_linear_f32(out.tensor, put(backend, x, storage), put(backend, norm), head, n, EPS)
+    assert error(out.read(), normed @ values.T) < 5e-6
+
+
+def test_a_wide_layer_equals_its_rows_one_at_a_time(backend, rng):
+    """Every split of the work gives the same numbers: prefill and decode may be mixed freely."""
+    w, _ = pack(backend, rng, DType.Q4_0, 1000, 512, DType.Q8_0)
+    x = put(backend, rng.standard_normal((70, 512)))
+    whole = Guarded(backend, 70, 1000)
+    ops.linear(whole.tensor, x, w, 70)
+    for t in (0, 31, 69):
+        one = Guarded(backend, 1, 1000)
+        ops.linear(one.tensor, x.rows(t, 1), w, 1)
+        assert np.allclose(one.read()[0], whole.read()[t], rtol=1e-5, atol=1e-4)
+
+
+def test_quantize_rounds_to_nearest(backend, rng):
+    x = rng.standard_normal((5, 128)).astype(np.float32)
+    for dtype, size, step in ((DType.Q8_0, 34, 1 / 127), (DType.Q4_0, 18, 1 / 8), (DType.BF16, 64, 2**-7), (DType.F16, 64, 2**-10)):
+        out = backend.tensor((5 * 4 * size,), DType.U8)
+        ops.quantize(out, put(backend, x), dtype, 5, 128)
+        w = backend.pack([(bytes(backend.copy_out(out)), dtype, 5, 128, None)], DType.F32)
+        back = backend.tensor((5, 128), DType.F32)
+        ops.unpack_rows(back, w, 0, 5)
+        limit = np.abs(x.reshape(5, 4, 32)).max(2, keepdims=True) * step * 0.55 + 1e-4
+        if dtype == DType.Q4_0:
+            limit *= 2   # the end of the range opposite to the largest value is clipped by one code
+        assert (np.abs(get(backend, back) - x).reshape(5, 4, 32) <= limit).all(), dtype
+
+
+def test_errors_name_the_argument(backend, rng):
+    w, _ = pack(backend, rng, DType.F32, 4, 8)
+    x = put(backend, rng.standard_normal((2, 8)))
+    with pytest.raises(ValueError, match="out must be"):
+        ops.linear(backend.tensor((2, 5), DType.F32), x, w, 2)
+    with pytest.raises(ValueError, match="x must be"):
+        ops.linear(backend.tensor((2, 4), DType.F32), backend.tensor((2, 9), DType.F32), w, 2)
+    with pytest.raises(ValueError, match="multiple of 32"):
+        backend.pack([(b"", DType.Q8_0, 1, 33, None)], DType.F32)
+    with pytest.raises(TensorOpsError, match="count|rows"):
+        backend.check(backend.lib.tops_unpack_rows(backend.stream, x.pointer, w.struct, 3, 2))
