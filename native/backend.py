@@ -186,7 +186,7 @@ class Backend:
         for entry, matrices in zip(struct, parts, strict=True):
             _, dtype, rows, cols, scales = matrices[0]
             if any(matrix[1:4] != (dtype, rows, cols) or (matrix[4] is None) != (scales is None) for matrix in matrices):
-                raise ValueError(f"the experts of a layer must have one shape and format, unlike {DType(dtype).name} {rows} x {cols}")
+                raise ValueError(f"the experts of a layer must all be {DType(dtype).name} of {rows} x {cols}")
             expected = rows * row_bytes(dtype, cols)
             nbytes = self.lib.tops_packed_bytes(dtype, rows, cols)
             if nbytes < 0:
@@ -244,8 +244,7 @@ class Backend:
         base, made = self.ffi.cast("float *", whole.pointer), []
         for layer in range(layers):
             first = base + layer * (inputs + memory)
-            struct = self.ffi.new("tops_states *", {"inputs": first, "memory": first + inputs, "slots": slots, "pitch": whole.shape[1],
-                                                    "hk": hk, "hv": hv, "pk": pk, "pv": pv, "taps": taps})
+            struct = self.ffi.new("tops_states *", (first, first + inputs, slots, whole.shape[1], hk, hv, pk, pv, taps))
             made.append(States(struct, whole))
         return whole, tuple(made)
 

@@ -122,11 +122,12 @@ def paged_attention(out: Tensor, qkv: Tensor, kv: KV, batch: Batch, h: int, scal
     _run(out, "tops_paged_attention", out.pointer, qkv.pointer, kv.struct, batch.struct, h, g, p, scale, gated, out.dtype)
 
 
-def gated_delta_rule(out: Tensor, x: Tensor, conv: Tensor, decay: Tensor, dt_bias: Tensor, norm: Tensor, states: States, batch: Batch,
-                     eps: float) -> None:
+def gated_delta_rule(out: Tensor, x: Tensor, conv: Tensor, decay: Tensor, dt_bias: Tensor, norm: Tensor, states: States,
+                     batch: Batch, eps: float) -> None:
     """Convolution, gated delta rule and gated norm of a recurrent layer; states go from batch.states_in to batch.states_out.
 
-    x [>=n, c + hv pv + 2 hv] = [q | k | v | z | b | a], conv f32 [c taps], decay, dt_bias f32 [hv], norm f32 [pv], out [>=n, hv pv]
+    x [>=n, c + hv pv + 2 hv] = [q | k | v | z | b | a], conv f32 [c taps], decay, dt_bias f32 [hv], norm f32 [pv],
+    out [>=n, hv pv]
     """
     c, hv, pv = states.channels, states.hv, states.pv
     _matrix("out", out, batch.n, hv * pv, x.dtype)
@@ -137,22 +138,23 @@ def gated_delta_rule(out: Tensor, x: Tensor, conv: Tensor, decay: Tensor, dt_bia
          states.struct, batch.struct, eps, out.dtype)
 
 
-def rms_norm_route(normed: Tensor, experts: Tensor, shares: Tensor, x: Tensor, norm: Tensor, w: Weight, n: int, renormalize: bool,
-                   eps: float) -> None:
+def rms_norm_route(normed: Tensor, logits: Tensor, experts: Tensor, shares: Tensor, x: Tensor, norm: Tensor, w: Weight, n: int,
+                   renormalize: bool, eps: float) -> None:
     """normed = rms_norm(x), its k experts and what each of them and the shared one contributes.
 
-    x, normed [>=n, d], norm f32 [d], w = {router [e, d], gate of the shared expert [1, d]}, experts i32 [>=n, k],
-    shares f32 [>=n, k + 1]
+    x, normed [>=n, d], norm f32 [d], w = {router [e, d], gate of the shared expert [1, d]}, logits f32 [>=n, e + 1],
+    experts i32 [>=n, k], shares f32 [>=n, k + 1]
     """
     k = experts.shape[1]
-    _require(w.parts in (1, 2) and w.part_rows[1:] in ((), (1,)) and k <= w.part_rows[0], "w", f"a router of >= {k} rows and a gate of 1", w)
+    _require(w.part_rows[1:] in ((), (1,)) and k <= w.part_rows[0], "w", f"a router of >= {k} rows and a gate of 1", w)
     _matrix("normed", normed, n, w.cols, x.dtype)
+    _matrix("logits", logits, n, w.rows, DType.F32)
     _matrix("experts", experts, n, k, DType.I32)
     _matrix("shares", shares, n, k + 1, DType.F32)
     _matrix("x", x, n, w.cols)
     _vector("norm", norm, w.cols, DType.F32)
-    _run(normed, "tops_rms_norm_route", normed.pointer, experts.pointer, shares.pointer, x.pointer, norm.pointer, w.struct, w.parts,
-         n, k, renormalize, eps, normed.dtype)
+    _run(normed, "tops_rms_norm_route", normed.pointer, logits.pointer, experts.pointer, shares.pointer, x.pointer, norm.pointer,
+         w.struct, w.parts, n, k, renormalize, eps, normed.dtype)
 
 
 def experts_gate_up_silu(out: Tensor, x: Tensor, experts: Tensor, w: Weight, shared: Weight, n: int) -> None:
@@ -161,7 +163,8 @@ def experts_gate_up_silu(out: Tensor, x: Tensor, experts: Tensor, w: Weight, sha
     x [>=n, d], experts i32 [>=n, k], w and shared = {gate, up}, w a stack of e experts, out [>=n, (k + 1) i]
     """
     k, i = experts.shape[1], shared.part_rows[0]
-    _require(shared.part_rows == (i, i) and w.part_rows[0] == w.part_rows[1] and w.part_rows[0] % i == 0, "w", f"gate and up of {i} rows", w)
+    _require(shared.part_rows == (i, i) and w.part_rows[0] == w.part_rows[1] and w.part_rows[0] % i == 0, "w",
+             f"gate and up of {i} rows", w)
     _matrix("out", out, n, (k + 1) * i, x.dtype)
     _matrix("x", x, n, w.cols)
     _matrix("experts", experts, n, k, DType.I32)

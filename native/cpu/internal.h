@@ -85,6 +85,8 @@ typedef struct {
     void (*load_row)(float *out, const void *in, int dtype, int64_t count);
     void (*store_row)(void *out, const float *in, int dtype, int64_t count);
     float (*sum_bytes)(const void *in, int64_t bytes);
+    void (*convolve_silu)(float *out, const float *in, const float *w, int64_t taps, int64_t count);
+    void (*delta_step)(float *o, float *memory, const float *q, const float *k, const float *v, float g, float beta, int64_t pk, int64_t pv);
 } tops_kernels;
 
 extern const tops_kernels *tops_cpu;   /* chosen when the library is loaded */

@@ -1,5 +1,6 @@
 /* The float kernels and the plain tiles, compiled once for each instruction set: the compiler vectorises these loops.
  * Integer tiles for AVX2 and AVX-512 stand in ops/linear_tile.*.c. */
+#include "../ops/gated_delta_rule.kernels.h"
 #include "formats.h"
 
 #define PASTE(a, b) a##b
@@ -212,4 +213,6 @@ void KERNELS(tops_kernels *table) {
     table->load_row = load_row;
     table->store_row = store_row;
     table->sum_bytes = sum_bytes;
+    table->convolve_silu = convolve_silu;
+    table->delta_step = delta_step;
 }

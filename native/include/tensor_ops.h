@@ -200,10 +200,11 @@ int tops_gated_delta_rule(tops_stream *stream, void *out, const void *x, const f
 
 /* ---- mixtures of experts: e experts of width i, k of them and a shared one for each token ------------------------------------ */
 /* normed = rms_norm(x, norm, eps); l = normed W^T with w = {router [e, d], gate of the shared expert [1, d]} (parts 1: no gate)
- * experts [n, k]: those with the largest l, largest first, ties to the lower number
+ * logits f32 [n, rows of w]: l and the gate before its sigmoid;  experts [n, k]: those with the largest l, largest first, ties to the lower number
  * shares [n, k + 1]: softmax(l) at experts, divided by its sum where renormalize is 1; last sigmoid(gate), 1 without */
-int tops_rms_norm_route(tops_stream *stream, void *normed, int32_t *experts, float *shares, const void *x, const float *norm,
-                        const tops_weight *w, int32_t parts, int64_t n, int64_t k, int32_t renormalize, float eps, int32_t dtype);
+int tops_rms_norm_route(tops_stream *stream, void *normed, float *logits, int32_t *experts, float *shares, const void *x,
+                        const float *norm, const tops_weight *w, int32_t parts, int64_t n, int64_t k, int32_t renormalize, float eps,
+                        int32_t dtype);
 /* w, a stack of e experts, holds e matrices of rows / e rows, each as tops_pack left it, one after the other; so do its scales.
  * gate_up_silu: out [n, k + 1, i] = silu(x Wgate^T) * (x Wup^T) with w = {gate, up} of the token's k experts, then of the shared one
  * down_add: out [n, d] += sum over j of shares[j] x[j] Wdown^T,  x [n, k + 1, i] */
