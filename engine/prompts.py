@@ -1,0 +1,62 @@
+"""From what was asked to token ids, in the way the model was trained to be asked."""
+
+from __future__ import annotations
+
+from inference_pio.engine.chat_template import ChatTemplate
+from inference_pio.engine.errors import BadCheckpoint, EngineError
+from inference_pio.engine.request import ChatPrompt, FimPrompt, Prompt, TokenPrompt
+from inference_pio.engine.tokenizer import Tokenizer
+from inference_pio.models.contract import Prompts
+
+
+class PromptRenderer:
+    """tokenizer is None for a checkpoint that has none: then only token ids can be asked."""
+
+    def __init__(self, prompts: Prompts, tokenizer: Tokenizer | None, template: ChatTemplate | None, where: str):
+        self._prompts, self._tokenizer, self._template, self._where = prompts, tokenizer, template, where
+        self.stop_ids: frozenset[int] = frozenset()
+        self.fim_stop_ids: frozenset[int] = frozenset()
+        self.has_fim = False
+        if tokenizer is None:
+            return
+        self.stop_ids = frozenset(tokenizer.special[t] for t in prompts.stop if t in tokenizer.special)
+        self.fim_stop_ids = self.stop_ids
+        if prompts.fim is not None:
+            self.has_fim = True
+            for token in (prompts.fim.prefix, prompts.fim.suffix, prompts.fim.middle):
+                if token not in tokenizer.special:
+                    raise BadCheckpoint(f"{where}: its tokenizer lacks {token!r}, which fill-in-the-middle prompts need")
+            self.fim_stop_ids |= {tokenizer.special[t] for t in prompts.fim.stop if t in tokenizer.special}
+
+    def render(self, prompt: Prompt) -> tuple[list[int], bytes]:
+        """(ids, bytes that the answer must begin with because a word was cut: they are in the document already)"""
+        if isinstance(prompt, TokenPrompt):
+            return list(prompt.token_ids), b""
+        tokenizer = self._tokenizer
+        if tokenizer is None:
+            raise EngineError(f"{self._where} has no tokenizer: only token ids can be asked of it (TokenPrompt)")
+        if isinstance(prompt, str):
+            return tokenizer.encode(prompt), b""
+        if isinstance(prompt, ChatPrompt):
+            if self._template is None:
+                raise EngineError(f"{self._where} has no chat template: it can only continue text")
+            variables = {**(self._prompts.template_variables or {}), **prompt.template_variables}
+            return self._template.render(tokenizer, prompt.messages, variables), b""
+        return self._fill(prompt, tokenizer)
+
+    def _fill(self, prompt: FimPrompt, tokenizer: Tokenizer) -> tuple[list[int], bytes]:
+        fim = self._prompts.fim
+        if fim is None:
+            context = "".join(f"{chunk.path}\n{chunk.text}\n\n" for chunk in prompt.context)
+            return tokenizer.heal(tokenizer.encode(context + prompt.prefix + prompt.middle))
+        special, encode, ids = tokenizer.special, tokenizer.encode, []
+        if prompt.context and fim.file is not None:
+            if fim.repository is not None:
+                ids += [special[fim.repository], *encode((prompt.repository or "repository") + "\n")]
+            for chunk in prompt.context:
+                ids += [special[fim.file], *encode(f"{chunk.path}\n{chunk.text}\n")]
+            ids += [special[fim.file], *encode((prompt.path or "file") + "\n")]
+        # The beginning of the middle stands behind the middle token: typing only appends, and what stands before stays cached.
+        ids += [special[fim.prefix], *encode(prompt.prefix), special[fim.suffix], *encode(prompt.suffix), special[fim.middle]]
+        middle, required = tokenizer.heal([special[fim.middle], *encode(prompt.middle)])
+        return ids + middle[1:], required

@@ -1,0 +1,37 @@
+"""Which models there are: plugins are found through entry points, so that a model is its folder and one line of metadata."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from importlib.metadata import entry_points
+
+from inference_pio.engine.errors import ModelNotFound
+from inference_pio.models.contract import ModelPlugin
+
+GROUP = "inference_pio.models"
+_log = logging.getLogger(__name__)
+
+
+@cache
+def plugins() -> dict[str, ModelPlugin]:
+    """Plugins by the name that --model takes. One that does not load is reported and left out; the others still work."""
+    found: dict[str, ModelPlugin] = {}
+    for entry in sorted(entry_points(group=GROUP), key=lambda e: e.name):
+        try:
+            plugin = entry.load()
+            if not isinstance(plugin, ModelPlugin):
+                raise TypeError(f"{entry.value} is a {type(plugin).__name__}, not a ModelPlugin")
+            found[plugin.name] = plugin
+        except Exception as error:   # a plugin may come from anyone
+            _log.error("model plugin %s (%s) does not load: %s", entry.name, entry.value, error)
+    return found
+
+
+def plugin_for(architecture: str, where: str, name: str | None = None) -> ModelPlugin:
+    """The plugin that runs `architecture`: the one called `name` if it does, else the first. ModelNotFound if none does."""
+    able = [p for p in plugins().values() if architecture in p.architectures]
+    if not able:
+        known = sorted({a for p in plugins().values() for a in p.architectures})
+        raise ModelNotFound(f"{where}: no plugin runs the architecture {architecture!r}; known are {', '.join(known) or 'none'}")
+    return next((p for p in able if p.name == name), able[0])

@@ -1,0 +1,67 @@
+"""The engine's state for one request."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+
+from inference_pio.engine.request import Priority, SamplingParams
+from inference_pio.engine.stopping import StopTexts
+from inference_pio.engine.stream import TokenStream
+from inference_pio.engine.tokenizer import StreamDecoder, Tokenizer
+
+HISTORY = 1024   # last tokens that the penalties see
+
+
+@dataclass(eq=False)
+class Sequence:
+    """ids: prompt and answer; `computed` of them have keys and values in `pages`. required: bytes the answer must still begin with."""
+
+    ids: list[int]
+    params: SamplingParams
+    priority: Priority
+    stream: TokenStream
+    stop_ids: frozenset[int]
+    tokenizer: Tokenizer | None
+    required: bytes = b""
+    prompt_length: int = 0
+    computed: int = 0
+    pages: list[int] = field(default_factory=list)
+    started: bool = False
+
+    def __post_init__(self) -> None:
+        p = self.params
+        self.prompt_length = len(self.ids)
+        self.stream.stats.prompt_tokens = len(self.ids)
+        self.sampling = struct.pack("5fiQ", p.temperature, p.top_p, p.min_p, p.repetition_penalty, p.presence_penalty, p.top_k, p.seed)
+        self.penalised = p.repetition_penalty != 1.0 or p.presence_penalty != 0.0
+        self._decoder, self._stops = StreamDecoder(), StopTexts(p.stop)
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Tokens without keys and values; the last of them gives the next logits."""
+        return len(self.ids) - self.computed
+
+    @property
+    def wants_logits(self) -> bool:
+        return self.params.max_tokens > 0
+
+    def accept(self, token: int) -> str | None:
+        """The next token was drawn. Gives the reason if it ended the answer."""
+        stream = self.stream
+        if token in self.stop_ids and not self.params.ignore_eos:
+            return "stop"
+        self.ids.append(token)
+        data = self.tokenizer.token_bytes(token) if self.tokenizer else b""
+        if self.required:
+            typed = min(len(self.required), len(data))
+            self.required, data = self.required[typed:], data[typed:]
+        text, stopped = self._stops.feed(self._decoder.feed(data))
+        stream.put(token, text)
+        if stopped:
+            return "stop"
+        return "length" if stream.stats.generated_tokens >= self.params.max_tokens else None
+
+    def finish(self, reason: str) -> None:
+        """End the stream, with the text that was held back in case it became a stop text."""
+        self.stream.end(reason, self._stops.feed(self._decoder.finish())[0] + self._stops.finish())

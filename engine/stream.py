@@ -1,0 +1,136 @@
+"""The answer to a request, as it comes. Closing it is the only cancellation."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+
+from inference_pio.engine.errors import EngineError
+
+
+@dataclass
+class StreamStats:
+    """Times are in milliseconds since submission."""
+
+    prompt_tokens: int = 0
+    reused_tokens: int = 0       # of the prompt, found in the cache
+    computed_tokens: int = 0     # of the prompt, computed for this request
+    generated_tokens: int = 0
+    queued_ms: float = 0.0
+    first_token_ms: float | None = None
+    total_ms: float | None = None
+    finish_reason: str | None = None   # stop, length, deadline, closed, error
+
+
+class TokenStream:
+    """Iterate over it, in a thread or in an event loop: pieces of text that never split a character. One consumer."""
+
+    def __init__(self, on_close: Callable[[], None]):
+        self.stats = StreamStats()
+        self._pieces: deque[str] = deque()
+        self._text: list[str] = []
+        self._ids: list[int] = []
+        self._condition = threading.Condition()
+        self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future] | None = None
+        self._ended = False
+        self._error: EngineError | None = None
+        self._on_close = on_close
+        self._submitted = perf_counter()
+        self.closed = False
+
+    @property
+    def text(self) -> str:
+        """All of it so far."""
+        return "".join(self._text)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return tuple(self._ids)
+
+    @property
+    def done(self) -> bool:
+        return self._ended
+
+    def close(self) -> None:
+        """Nobody wants more: the step in flight ends, and what was computed stays in the cache. May be called more than once."""
+        if not self.closed and not self._ended:
+            self.closed = True
+            self._on_close()
+
+    # ---- the consumer's side ---------------------------------------------------------------------------------------------
+
+    def __iter__(self) -> TokenStream:
+        return self
+
+    def __next__(self) -> str:
+        with self._condition:
+            while not self._pieces and not self._ended:
+                self._condition.wait()
+            return self._next(StopIteration)
+
+    def __aiter__(self) -> TokenStream:
+        return self
+
+    async def __anext__(self) -> str:
+        while True:
+            with self._condition:
+                if self._pieces or self._ended:
+                    return self._next(StopAsyncIteration)
+                loop = asyncio.get_running_loop()
+                future = loop.create_future()
+                self._waiter = (loop, future)
+            await future
+
+    def _next(self, end: type[Exception]) -> str:
+        if self._pieces:
+            return self._pieces.popleft()
+        error, self._error = self._error, None   # raised once
+        raise error or end
+
+    # ---- the engine's side -----------------------------------------------------------------------------------------------
+
+    def elapsed_ms(self) -> float:
+        return (perf_counter() - self._submitted) * 1000
+
+    def put(self, token_id: int, piece: str) -> None:
+        self.stats.generated_tokens += 1
+        if self.stats.first_token_ms is None:
+            self.stats.first_token_ms = self.elapsed_ms()
+        with self._condition:
+            self._ids.append(token_id)
+            if piece:
+                self._text.append(piece)
+                self._pieces.append(piece)
+                self._wake()
+
+    def end(self, reason: str, piece: str = "", error: EngineError | None = None) -> None:
+        with self._condition:
+            if self._ended:
+                return
+            self.stats.total_ms = self.elapsed_ms()
+            self.stats.finish_reason = reason
+            if piece:
+                self._text.append(piece)
+                self._pieces.append(piece)
+            self._error = error
+            self._ended = True
+            self._wake()
+
+    def _wake(self) -> None:
+        self._condition.notify_all()
+        if self._waiter is not None:
+            loop, future = self._waiter
+            self._waiter = None
+            try:
+                loop.call_soon_threadsafe(_resolve, future)
+            except RuntimeError:
+                pass   # the loop is gone, and with it whoever waited
+
+
+def _resolve(future: asyncio.Future) -> None:
+    if not future.done():
+        future.set_result(None)

@@ -1,0 +1,68 @@
+"""Memory-mapped files of tensors. Nothing is copied: a tensor's data is a view of the map."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from inference_pio.engine.errors import BadCheckpoint
+from inference_pio.native.dtype import BLOCKS, DType
+
+
+class MappedFile:
+    """A file mapped read-only. BadCheckpoint if it cannot be read or is empty."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            with open(path, "rb") as file:
+                self.size = os.fstat(file.fileno()).st_size
+                if self.size == 0:
+                    raise BadCheckpoint(f"{path} is empty: fetch it again")
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise BadCheckpoint(f"{path} cannot be read: {error.strerror or error}") from None
+        self.data = memoryview(self._map)
+
+    def close(self) -> None:
+        """Unmap. Views of it must be gone."""
+        self.data.release()
+        self._map.close()
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies. dtype is None where the file uses a number format that no kernel knows; `type_name` is the file's word."""
+
+    name: str
+    file: MappedFile
+    dtype: DType | None
+    type_name: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    @property
+    def data(self) -> memoryview:
+        return self.file.data[self.offset:self.offset + self.nbytes]
+
+
+def tensor_bytes(dtype: DType, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor whose last dimension is stored in blocks. ValueError if it is not a whole number of them."""
+    block, size = BLOCKS[dtype]
+    if (shape[-1] if shape else 1) % block:
+        raise ValueError(f"rows of {shape[-1]} values are not whole blocks of {block}")
+    return prod(shape) // block * size
+
+
+def require_disjoint(path: Path, tensors: Iterable[TensorInfo]) -> None:
+    """Two tensors that share bytes mean a damaged or a malicious header."""
+    end, last = 0, ""
+    for tensor in sorted((t for t in tensors if t.nbytes), key=lambda t: t.offset):
+        if tensor.offset < end:
+            raise BadCheckpoint(f"{path}: tensors {last!r} and {tensor.name!r} overlap")
+        end, last = tensor.offset + tensor.nbytes, tensor.name
