@@ -48,8 +48,8 @@ class RadixCache:
 
     @property
     def evictable(self) -> int:
-        """Pages that only the tree holds."""
-        return sum(self._pool.references(node.page) == 1 for node in self._nodes)
+        """Pages that only the tree holds. May be asked by any thread: the list is made in one go."""
+        return sum(self._pool.references(node.page) == 1 for node in list(self._nodes))
 
     def match(self, tokens: Sequence[int]) -> Match:
         """The longest prefix of tokens in the tree. It gives no references: hold the pages before anything else is done."""

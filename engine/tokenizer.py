@@ -141,17 +141,18 @@ class Tokenizer:
     # ---- token healing ---------------------------------------------------------------------------------------------------
 
     def heal(self, ids: list[int], most: int = 4) -> tuple[list[int], bytes]:
-        """ids without the tokens of an unfinished last word, and the bytes that must come instead.
+        """ids without the tokens of an unfinished last word or indentation, and the bytes that must come instead.
 
-        A word cut by the cursor is split into other tokens than the whole word, and a model seldom continues them well.
+        A word cut by the cursor is split into other tokens than the whole word, and spaces belong to the word that follows them: a
+        model seldom continues either well.
         """
         keep, tail = len(ids), b""
         while keep > 1 and len(ids) - keep < most:
             token = self.token_bytes(ids[keep - 1])
-            if not token or not _WORD_END.search(token):
+            if not token or not _OPEN_END.search(token):
                 break
             keep, tail = keep - 1, token + tail
-            if not _WORD.fullmatch(token):   # the word begins inside this token
+            if not _WORD.fullmatch(token):   # the word, or the line, begins inside this token
                 break
         return ids[:keep], tail
 
@@ -176,7 +177,7 @@ class Tokenizer:
 
 
 _WORD = re.compile(rb"[A-Za-z0-9_\x80-\xff]+")
-_WORD_END = re.compile(rb"[A-Za-z0-9_\x80-\xff]$")
+_OPEN_END = re.compile(rb"[A-Za-z0-9_\x80-\xff \t]$")
 
 
 def _without(text: str, escape: str) -> str:

@@ -1,0 +1,84 @@
+"""pio-lsp: serve an editor, measure (--bench), list models, print settings."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+
+from attrs import fields
+
+from inference_pio import __version__
+from inference_pio.lsp_server.settings import Settings, schema
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "--bench" in argv:
+        from inference_pio.lsp_server.bench import main as bench
+
+        argv.remove("--bench")
+        return bench(argv)
+    arguments = _parser().parse_args(argv)
+    if arguments.command == "models":
+        return _models()
+    if arguments.command == "settings":
+        print(json.dumps(schema(), indent=2))
+        return 0
+    given = {name: value for name, value in vars(arguments).items() if value is not None and name in {a.name for a in fields(Settings)}}
+    settings, messages = Settings.from_client(given)
+    if messages:
+        print(f"pio-lsp: {messages[0]}", file=sys.stderr)
+        return 2
+    logging.basicConfig(level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("pygls").setLevel(logging.CRITICAL if settings.log_level != "debug" else logging.WARNING)   # at INFO it logs documents
+
+    from inference_pio.lsp_server.server import Server
+
+    server = Server(settings, __version__, reuse=not arguments.no_reuse)
+    if arguments.port is None:
+        server.serve_stdio()
+    else:
+        server.start_tcp("127.0.0.1", arguments.port)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="pio-lsp", description="A language server that writes code while you type, from models on your "
+                                     "own machine. Without a command it serves LSP over stdin and stdout.",
+                                     epilog="--bench measures a typing session and prints a table; pio-lsp --bench --help tells more.")
+    parser.add_argument("command", nargs="?", choices=("models", "settings"), help="models: what can be selected; settings: their JSON schema")
+    parser.add_argument("--version", action="version", version=f"pio-lsp {__version__}")
+    parser.add_argument("--stdio", action="store_true", help="serve over stdin and stdout (the default)")
+    parser.add_argument("--port", type=int, help="serve one client over TCP on this port of the loopback interface instead")
+    parser.add_argument("--no-reuse", action="store_true", help="compute every prompt anew, to measure what the cache is worth")
+    for attribute in fields(Settings):
+        kind = {"int": int, "float": float, "str": str}.get(str(attribute.type))
+        option = "--" + attribute.name.replace("_", "-")
+        if kind is None:
+            parser.add_argument(option, action=argparse.BooleanOptionalAction, default=None, help=attribute.metadata["help"])
+        else:
+            parser.add_argument(option, type=kind, help=f"{attribute.metadata['help']} (default: {attribute.default})")
+    return parser
+
+
+def _models() -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from inference_pio.engine import list_models
+
+    table = Table(title="Models that --model takes by name (a Hugging Face id, a folder or a .gguf file works, too)")
+    for heading in ("name", "what it is", "on disk", "published as"):
+        table.add_column(heading, overflow="fold")
+    for model in list_models():
+        size = f"{model.disk_bytes / 1e6:,.0f} MB" if model.disk_bytes else "size not known"
+        table.add_row(model.name, model.description, f"yes, {size}" if model.on_disk else f"no ({size})", model.checkpoint)
+    Console().print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

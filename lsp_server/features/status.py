@@ -1,0 +1,27 @@
+"""What the server is doing, and why nothing was shown."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from inference_pio.lsp_server.session import Session
+
+
+def status(session: Session) -> dict[str, Any]:
+    """`pio/status`: state is loading, ready or error; `last` tells of the last completion request."""
+    answer: dict[str, Any] = {"state": "ready" if session.engine else "error" if session.error else "loading", "model": session.settings.model,
+                              "error": session.error, "progress": asdict(session.progress) if session.progress else None}
+    if session.last is not None:
+        answer["last"] = {key: value for key, value in asdict(session.last).items() if key != "prompt"}
+    if session.engine is not None:
+        answer["engine"] = asdict(session.engine.status())
+        answer["info"] = {**asdict(session.engine.info), "path": str(session.engine.info.path)}
+    return answer
+
+
+def explain(session: Session) -> dict[str, Any]:
+    """`pio.explain`: why the last request showed what it showed, with the prompt the model saw."""
+    if session.last is None:
+        return {"reason": "no completion was asked for yet"}
+    return asdict(session.last)

@@ -1,0 +1,134 @@
+"""What lives as long as the connection: settings, documents, the engine and how it is loaded."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from inference_pio.engine import EngineError, TokenStream
+from inference_pio.lsp_server.context import Privacy
+from inference_pio.lsp_server.documents import Documents
+from inference_pio.lsp_server.prompt import PromptBuilder
+from inference_pio.lsp_server.settings import Settings
+from inference_pio.lsp_server.suggestions import Suggestions
+
+if TYPE_CHECKING:
+    from inference_pio.engine import Engine, LoadProgress
+
+_log = logging.getLogger(__name__)
+OpenEngine = Callable[..., "Engine"]
+
+
+def open_engine(*args: Any, **options: Any) -> Engine:
+    """Imported late: the engine's libraries would double the time to the first answer."""
+    from inference_pio.engine import Engine
+
+    return Engine.open(*args, **options)
+
+
+@dataclass
+class LastRequest:
+    """What became of the last completion request of a document: the answer to "why was nothing shown?"."""
+
+    uri: str
+    version: int
+    reason: str                      # shown, or why not
+    source: str = "none"             # model, type-through, adopted
+    rule: str | None = None          # the trimming rule that left nothing
+    prompt: str | None = None
+    stats: dict[str, Any] = field(default_factory=dict)
+
+
+class Session:
+    """Used on the event loop only; the engine's own methods do their work elsewhere."""
+
+    def __init__(self, settings: Settings, open_engine: OpenEngine = open_engine, reuse: bool = True):
+        self.settings = settings
+        self.documents = Documents()
+        self.suggestions = Suggestions()
+        self.prompts = PromptBuilder()
+        self.privacy = Privacy()
+        self.engine: Engine | None = None
+        self.error: str | None = None
+        self.progress: LoadProgress | None = None
+        self.last: LastRequest | None = None
+        self.latest: dict[str, int] = {}                 # uri -> number of its newest request
+        self.streams: dict[str, TokenStream] = {}        # uri -> what is being generated or prefilled for it
+        self.workers = ThreadPoolExecutor(4, thread_name_prefix="pio-worker")
+        self._open, self._reuse = open_engine, reuse
+        self._loading: asyncio.Task | None = None
+        self.loaded = asyncio.Event()
+
+    async def in_worker(self, function: Callable, *arguments: Any) -> Any:
+        """Run what may take milliseconds off the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self.workers, function, *arguments)
+
+    # ---- the model -------------------------------------------------------------------------------------------------------
+
+    def load(self, on_progress: Callable[[LoadProgress], None]) -> asyncio.Task:
+        """Load the model of the settings in the background, after one that is being loaded. on_progress runs on the event loop."""
+        previous = self._loading
+        self._loading = asyncio.get_running_loop().create_task(self._load(previous, on_progress))
+        return self._loading
+
+    async def _load(self, previous: asyncio.Task | None, on_progress: Callable[[LoadProgress], None]) -> None:
+        if previous is not None:
+            await asyncio.wait([previous])
+        loop, s = asyncio.get_running_loop(), self.settings
+        self.loaded.clear()
+        self.error = None
+        engine, self.engine = self.engine, None
+        if engine is not None:
+            await self.in_worker(engine.close)
+
+        def report(progress: LoadProgress) -> None:
+            loop.call_soon_threadsafe(self._report, progress, on_progress)
+
+        try:
+            self.engine = await self.in_worker(lambda: self._open(
+                s.model, device=s.device, memory=s.memory or None, context=s.context or None, threads=s.threads, reuse=self._reuse,
+                progress=report))
+        except EngineError as error:
+            self.error = str(error)
+        except Exception as error:
+            self.error = f"{type(error).__name__}: {error}"
+            _log.exception("loading %s failed", s.model)
+        self.loaded.set()
+
+    def _report(self, progress: LoadProgress, on_progress: Callable[[LoadProgress], None]) -> None:
+        self.progress = progress
+        on_progress(progress)
+
+    def close(self) -> None:
+        for stream in self.streams.values():
+            stream.close()
+        if self.engine is not None:
+            self.engine.close()
+        self.workers.shutdown(wait=False, cancel_futures=True)
+
+    # ---- what runs for a document ----------------------------------------------------------------------------------------
+
+    def supersede(self, uri: str) -> int:
+        """A newer request for the document: whatever runs for it stops within a step. Gives the new request's number."""
+        self.stop(uri)
+        self.latest[uri] = self.latest.get(uri, 0) + 1
+        return self.latest[uri]
+
+    def stop(self, uri: str) -> None:
+        stream = self.streams.pop(uri, None)
+        if stream is not None:
+            stream.close()
+
+    def is_latest(self, uri: str, number: int) -> bool:
+        return self.latest.get(uri) == number
+
+    def forget(self, uri: str) -> None:
+        """The document was closed."""
+        self.supersede(uri)
+        self.suggestions.forget(uri)
+        self.prompts.forget(uri)
+        self.documents.close(uri)

@@ -1,0 +1,89 @@
+"""Every setting once: name, type, default, help. The editors' own settings pages are generated from here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from attrs import Attribute, field, fields, frozen
+
+
+def _setting(default: Any, help: str, *, choices: tuple[str, ...] = (), least: float | None = None, most: float | None = None, restart: bool = False):
+    return field(default=default, metadata={"help": help, "choices": choices, "least": least, "most": most, "restart": restart})
+
+
+@frozen
+class Settings:
+    """What a person can set, under the key `pio` of the editor's configuration or by the command line's options of the same names."""
+
+    enable: bool = _setting(True, "Show completions while you type.")
+    model: str = _setting("smollm2-135m", "Name of an installed model, a Hugging Face id, a folder or a .gguf file.", restart=True)
+    device: str = _setting("auto", "auto, cpu, cuda or cuda:N.", restart=True)
+    memory: int = _setting(0, "Bytes for weights and cache; 0 takes what is free.", least=0, restart=True)
+    context: int = _setting(0, "Tokens the model can see at once; 0 takes the model's own limit up to 8192.", least=0, most=1 << 20, restart=True)
+    threads: int = _setting(0, "CPU threads; 0 takes one for each physical core.", least=0, most=1024, restart=True)
+    max_tokens: int = _setting(64, "Longest completion, in tokens.", least=1, most=1024)
+    prompt_tokens: int = _setting(1024, "Tokens of the document that the model sees.", least=64, most=1 << 17)
+    deadline_ms: int = _setting(3000, "A completion that takes longer is shown as far as it got.", least=50, most=600_000)
+    multiline: bool = _setting(True, "Suggest whole blocks; off: the rest of the line.")
+    prefill: bool = _setting(True, "Compute the prompt while you type, before a completion is asked for.")
+    temperature: float = _setting(0.0, "0 always takes the likeliest token.", least=0.0, most=5.0)
+    context_files: bool = _setting(True, "Show the model parts of other open files, where it was trained for that.")
+    secrets: bool = _setting(False, "Complete in files that may hold secrets (.env, keys) and in ignored files, too.")
+    log_level: str = _setting("warning", "What goes to the log on stderr.", choices=("error", "warning", "info", "debug"))
+
+    @classmethod
+    def from_client(cls, value: Any, base: Settings | None = None) -> tuple[Settings, list[str]]:
+        """(settings, one message for each entry that was ignored). Keys may be snake_case or camelCase."""
+        base = base or cls()
+        if not isinstance(value, Mapping):
+            return base, [] if value is None else [f"settings must be an object, not {type(value).__name__}"]
+        known, messages, chosen = {a.name: a for a in fields(cls)}, [], {}
+        for key, entry in value.items():
+            attribute = known.get(_snake(str(key)))
+            if attribute is None:
+                messages.append(f"unknown setting {key!r}")
+            elif problem := _problem(attribute, entry):
+                messages.append(f"setting {key!r} {problem}")
+            else:
+                chosen[attribute.name] = float(entry) if attribute.type == "float" else entry
+        return cls(**{name: chosen.get(name, getattr(base, name)) for name in known}), messages
+
+
+_KINDS: dict[str, tuple[type, ...]] = {"bool": (bool,), "int": (int,), "float": (int, float), "str": (str,)}
+_WORDS = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "a text"}
+
+
+def _problem(attribute: Attribute, value: Any) -> str | None:
+    kind, meta = str(attribute.type), attribute.metadata
+    if not isinstance(value, _KINDS[kind]) or (isinstance(value, bool) and kind != "bool"):
+        return f"must be {_WORDS[kind]}, not {value!r}; it stays {attribute.default!r}"
+    if meta["choices"] and value not in meta["choices"]:
+        return f"must be one of {', '.join(meta['choices'])}, not {value!r}"
+    if meta["least"] is not None and not value >= meta["least"]:
+        return f"must be at least {meta['least']}, not {value!r}"
+    if meta["most"] is not None and not value <= meta["most"]:
+        return f"must be at most {meta['most']}, not {value!r}"
+    return None
+
+
+def _snake(name: str) -> str:
+    return "".join("_" + c.lower() if c.isupper() else c for c in name)
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of the settings, as VS Code's `contributes.configuration.properties` wants it."""
+    properties = {}
+    for attribute in fields(Settings):
+        kind, meta = str(attribute.type), attribute.metadata
+        entry: dict[str, Any] = {"type": {"bool": "boolean", "int": "integer", "float": "number", "str": "string"}[kind],
+                                 "default": attribute.default, "description": meta["help"]}
+        entry |= {"enum": list(meta["choices"])} if meta["choices"] else {}
+        entry |= {key: meta[name] for key, name in (("minimum", "least"), ("maximum", "most")) if meta[name] is not None}
+        properties[f"pio.{_camel(attribute.name)}"] = entry
+    return properties
+
+
+def _camel(name: str) -> str:
+    head, *rest = name.split("_")
+    return head + "".join(word.capitalize() for word in rest)

@@ -1,0 +1,162 @@
+"""From raw text to what may be shown: a pipeline of small rules.
+
+Each rule takes the text and the place it would stand in, and gives what is left of it; nothing left means nothing is shown, and the
+rule's name is the reason.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+_CLOSERS = ")]}>,;"
+_CONTINUES = re.compile(r"[)\]}]|(?:else|elif|except|finally|catch|case|default|end)\b")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a suggestion would stand."""
+
+    before: str          # the cursor's line up to the cursor
+    after: str           # the cursor's line from the cursor on
+    below: str           # the lines below
+    cut: bool = False    # the text was cut off by a limit, it did not end by itself
+
+    @property
+    def indent(self) -> int:
+        return _indent(self.before)
+
+
+@dataclass(frozen=True)
+class Trimmed:
+    text: str
+    dropped_by: str | None = None   # the rule that left nothing
+
+
+def trim(text: str, place: Place) -> Trimmed:
+    """What may be shown of text at place."""
+    for rule in RULES:
+        text = rule(text, place)
+        if not text:
+            return Trimmed("", rule.__name__)
+    return Trimmed(text)
+
+
+def block_ended(text: str, place: Place) -> bool:
+    """Whether the text goes on beyond its block already, so that nothing further can be shown."""
+    if "```" in text:
+        return True
+    whole, _, last = text.rpartition("\n")   # the last line may still grow, but its indentation is known
+    if place.after.strip(_CLOSERS + " \t\"'`"):
+        return bool(whole.strip())
+    return end_of_block(whole, place).rstrip() != whole.rstrip() or bool(last.strip()) and _indent(last) < place.indent
+
+
+def plain_lines(text: str, place: Place) -> str:
+    """One kind of line end, no NUL."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "")
+
+
+def no_fences(text: str, place: Place) -> str:
+    """Chat models close a code block with Markdown: what follows is talk."""
+    return text.split("```", 1)[0] if "```" not in place.before + place.below else text
+
+
+def indentation_kept(text: str, place: Place) -> str:
+    """Where the cursor stands behind typed indentation, the text does not indent once more."""
+    return text.lstrip(" \t") if place.before and not place.before.strip() else text
+
+
+def one_line_inside_a_line(text: str, place: Place) -> str:
+    """With text behind the cursor, only the rest of this line is suggested."""
+    return text.split("\n", 1)[0] if place.after.strip(_CLOSERS + " \t\"'`") else text
+
+
+def end_of_block(text: str, place: Place) -> str:
+    """Stop where the block ends: at a line that is indented less than the cursor's, or as little, where that one is not empty."""
+    base, begun, kept = place.indent, bool(place.before.strip()), []
+    for number, line in enumerate(text.split("\n")):
+        if number and line.strip():
+            closes = bool(_CONTINUES.match(line.lstrip()))
+            if _indent(line) < base or _indent(line) == base and begun and not closes:
+                break
+            if closes and _indent(line) == base and not line.strip(_CLOSERS + " "):
+                kept.append(line)
+                break
+        elif number and base == 0 and not begun and any(map(str.strip, kept)):
+            break   # at the top level a blank line is the end
+        kept.append(line)
+    return "\n".join(kept)
+
+
+def no_loops(text: str, place: Place) -> str:
+    """A small model that repeats itself is cut at the first line that comes a third time."""
+    seen: dict[str, int] = {}
+    lines = text.split("\n")
+    for number, line in enumerate(lines):
+        key = line.strip()
+        if len(key) < 4:
+            continue
+        seen[key] = seen.get(key, 0) + 1
+        if seen[key] > 2:
+            return "\n".join(lines[:number])
+    return text
+
+
+def whole_lines(text: str, place: Place) -> str:
+    """A text that a limit has cut ends with its last whole line, or inside a line with its last whole word."""
+    if not place.cut:
+        return text
+    head, newline, _ = text.rpartition("\n")
+    if newline and head.strip():
+        return head
+    words = re.match(r"(?s).*[^\w](?=\w*$)", text)
+    return words[0] if words and words[0].strip() else text
+
+
+def no_repeat_of_what_follows(text: str, place: Place) -> str:
+    """Drop what the document says next anyway: the rest of the line, or the lines below."""
+    rest = place.after.strip()
+    if rest:
+        for length in range(min(len(rest), len(text)), 0, -1):
+            if text.rstrip().endswith(rest[:length]) and (length == len(rest) or set(rest[:length]) <= set(_CLOSERS)):
+                text = text.rstrip()[:-length]
+                break
+        return text
+    following = next((line.strip() for line in place.below.split("\n") if line.strip()), None)
+    if following is None:
+        return text
+    lines = text.split("\n")
+    for number, line in enumerate(lines):
+        if line.strip() == following and (number or len(following) > 1):
+            return "\n".join(lines[:number])
+    return text
+
+
+def no_lone_closers(text: str, place: Place) -> str:
+    """Closing brackets alone are what the editor types by itself."""
+    return "" if not text.strip(_CLOSERS + " \t\n") else text
+
+
+def no_trailing_space(text: str, place: Place) -> str:
+    """Nothing invisible at the end of the text or of its lines."""
+    return re.sub(r"[ \t]+(?=\n|$)", "", text).rstrip("\n") if text.strip() else ""
+
+
+RULES: tuple[Callable[[str, Place], str], ...] = (
+    plain_lines, no_fences, indentation_kept, one_line_inside_a_line, whole_lines, end_of_block, no_loops, no_repeat_of_what_follows,
+    no_lone_closers, no_trailing_space)
+
+
+def _indent(line: str) -> int:
+    """Columns of leading white space; a tab goes to the next multiple of 4."""
+    width = 0
+    for character in line:
+        if character == "\t":
+            width += 4 - width % 4
+        elif character == " ":
+            width += 1
+        else:
+            break
+    return width
