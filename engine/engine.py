@@ -12,6 +12,7 @@ from time import perf_counter
 from typing import Any
 
 from inference_pio.engine import hub, loading
+from inference_pio.engine.checkpoints import Checkpoints
 from inference_pio.engine.errors import DeviceError, EngineError
 from inference_pio.engine.page_pool import PagePool
 from inference_pio.engine.radix_cache import RadixCache
@@ -48,6 +49,8 @@ class EngineInfo:
     page_bytes: int          # of PAGE_SIZE tokens in all layers
     page_count: int
     page_size: int
+    state_bytes: int         # of a recurrent state in all layers; 0: the model has none
+    state_count: int         # slots for them: one for each running request, the rest for checkpoints
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,11 @@ class EngineStatus:
     pages_free: int
     pages_cached: int        # held by the cache alone
     pages_in_use: int        # held by requests
+    states_free: int
+    states_cached: int       # checkpoints, held by the cache alone
+    states_in_use: int
+    checkpoints_taken: int   # since the model was loaded
+    checkpoints_skipped: int # for want of a slot
     steps: int
     chunk: int               # prompt tokens in a step
     reused_tokens: int       # totals since the model was loaded
@@ -92,7 +100,9 @@ class Engine:
         self._runner, self._renderer, self._tokenizer = runner, checkpoint.renderer, checkpoint.tokenizer
         self._reuse = reuse
         self._pool = PagePool(info.page_count)
-        self._cache = RadixCache(self._pool, PAGE_SIZE)
+        slots = PagePool(info.state_count, first=0) if info.state_count else None
+        self._cache = RadixCache(self._pool, PAGE_SIZE, slots)
+        self._checkpoints = Checkpoints(slots, self._cache, checkpoint.renderer.boundaries) if slots else None
         self._scheduler = Scheduler(runner.most_tokens, MOST_ROWS)
         self._arrivals: deque[Sequence | tuple[Callable[[], Any], Future]] = deque()
         self._condition = threading.Condition()
@@ -104,13 +114,14 @@ class Engine:
 
     @classmethod
     def open(cls, model: str | Path, *, device: str = "auto", activations: str = "auto", memory: int | None = None,
-             context: int | None = None, threads: int = 0, reuse: bool = True,
+             context: int | None = None, checkpoints: int | None = None, threads: int = 0, reuse: bool = True,
              progress: Callable[[LoadProgress], None] | None = None) -> Engine:
         """Locate (or fetch) and load a model.
 
         model: a plugin's name, a Hugging Face id, a folder or a .gguf file. device: auto, cpu, cuda or cuda:N. activations: how inputs of
         linear layers are rounded: f32 (exact), bf16, q8 (8-bit integers, for quantised weights), auto. memory: bytes for weights and
-        cache, default what is free. context: tokens, default the model's up to 8192. threads: CPU threads, 0 for one per physical core.
+        cache, default what is free. context: tokens, default the model's up to 8192. checkpoints: bytes of them for recurrent states of
+        models that have such, default 64 of them where memory allows; with 0 the slots of running requests are all there is. threads: CPU threads, 0 for one per physical core.
         reuse: False computes every prompt anew (to measure what the cache is worth). Raises an EngineError that says what to do.
         """
         report = progress or (lambda _: None)
@@ -118,9 +129,10 @@ class Engine:
         checkpoint = loading.open_checkpoint(located)
         backend = loading.open_backend(device, threads)
         try:
-            plan = loading.plan(checkpoint, backend, activations, memory, context)
+            plan = loading.plan(checkpoint, backend, activations, memory, context, checkpoints)
             detail = f"{checkpoint.plugin.name} on {backend.device}: weights {sum(t.nbytes for t in checkpoint.tensors.values()) / 1e6:.0f} MB, " \
-                     f"cache up to {plan.pages * plan.page_bytes / 1e6:.0f} MB ({plan.pages * PAGE_SIZE} tokens)"
+                     f"cache up to {plan.pages * plan.page_bytes / 1e6:.0f} MB ({plan.pages * PAGE_SIZE} tokens)" + (
+                         f", {plan.states} recurrent states of {plan.state_bytes / 1e6:.1f} MB" if plan.states else "")
             runner, weight_bytes = loading.load(checkpoint, backend, plan, lambda done, total: report(LoadProgress("load", done, total, detail)))
         except BaseException:
             backend.close()
@@ -129,7 +141,7 @@ class Engine:
             name=checkpoint.plugin.name, architecture=checkpoint.plugin.architectures[0], path=checkpoint.path, device=backend.device,
             device_name=backend.name, build=backend.build, activations=plan.activations.name.lower().replace("q8_0", "q8"),
             context=plan.context, fim=checkpoint.renderer.has_fim, has_tokenizer=checkpoint.tokenizer is not None, weight_bytes=weight_bytes,
-            page_bytes=plan.page_bytes, page_count=plan.pages, page_size=PAGE_SIZE)
+            page_bytes=plan.page_bytes, page_count=plan.pages, page_size=PAGE_SIZE, state_bytes=plan.state_bytes, state_count=plan.states)
         report(LoadProgress("ready", 1, 1, detail))
         return cls(runner, checkpoint, info, reuse=reuse)
 
@@ -196,11 +208,14 @@ class Engine:
 
     def status(self) -> EngineStatus:
         sequences = list(self._scheduler.sequences)
-        free, evictable = self._pool.free, self._cache.evictable
+        free, evictable, states = self._pool.free, self._cache.evictable, self._checkpoints
+        cached = self._cache.evictable_checkpoints if states else 0
         return EngineStatus(
             waiting=sum(s.waiting_tokens > 1 or not s.started for s in sequences), running=sum(s.started and s.waiting_tokens == 1 for s in sequences),
             pages_free=free, pages_cached=evictable, pages_in_use=self._pool.usable - free - evictable, steps=self._steps,
-            chunk=self._scheduler.chunk, reused_tokens=self._reused, computed_tokens=self._computed, generated_tokens=self._generated,
+            states_free=states.pool.free if states else 0, states_cached=cached, checkpoints_taken=states.taken if states else 0,
+            states_in_use=states.pool.usable - states.pool.free - cached if states else 0,
+            checkpoints_skipped=states.skipped if states else 0, chunk=self._scheduler.chunk, reused_tokens=self._reused, computed_tokens=self._computed, generated_tokens=self._generated,
             last_error=self._last_error)
 
     def read_bandwidth(self) -> float:
@@ -289,6 +304,7 @@ class Engine:
                 if not sequence.started:
                     self._start(sequence)
             work = [w for w in self._scheduler.next_step() if self._provide(w)]   # what is reused has changed what is left to do
+            work = [w for w in work if w.sequence.started]                        # one may have lost its pages to another
             if work:
                 self._compute(work)
         except DeviceFailed as error:
@@ -311,6 +327,8 @@ class Engine:
             self._pool.hold(page)
         sequence.pages = list(match.pages)
         sequence.computed = len(match.pages) * PAGE_SIZE
+        if self._checkpoints:
+            self._checkpoints.begin(sequence, match.slot, sequence.computed + match.partial)
         if match.partial:
             self._pool.hold(match.partial_page)   # so that making room cannot take it
             if self._make_room(sequence, 1):
@@ -318,6 +336,9 @@ class Engine:
                 self._runner.copy_page(own, match.partial_page)
                 sequence.pages.append(own)
                 sequence.computed += match.partial
+            elif self._checkpoints:               # the state is of no use without the tokens before it
+                self._release(sequence)
+                sequence.computed = 0
             self._pool.release(match.partial_page)
         stats.reused_tokens = min(sequence.computed, sequence.prompt_length)
         self._reused += stats.reused_tokens
@@ -326,13 +347,23 @@ class Engine:
         """Pages for the tokens of this step; False if the sequence cannot go on now."""
         sequence, count = work
         needed = -(-(sequence.computed + count) // PAGE_SIZE) - len(sequence.pages)
-        if not self._make_room(sequence, needed):
+        if not self._make_room(sequence, needed) or not self._provide_states(sequence, count):
             if not any(s.pages for s in self._scheduler.sequences if s is not sequence):
                 self._finish(sequence, "error", EngineError(
                     f"{sequence.computed + count} tokens do not fit into the cache of {self._pool.usable * PAGE_SIZE}: "
                     "open the model with more memory or shorten the prompt"))
             return False
         sequence.pages += [self._pool.take() for _ in range(needed)]
+        return True
+
+    def _provide_states(self, sequence: Sequence, count: int) -> bool:
+        if self._checkpoints is None:
+            return True
+        while not self._checkpoints.provide(sequence, count):
+            victim = self._scheduler.least_urgent(than=sequence)
+            if victim is None:
+                return False
+            self._preempt(victim)
         return True
 
     def _make_room(self, sequence: Sequence, pages: int) -> bool:
@@ -343,16 +374,20 @@ class Engine:
             victim = self._scheduler.least_urgent(than=sequence)
             if victim is None:
                 return False
-            self._release(victim)
-            victim.started, victim.computed = False, 0
+            self._preempt(victim)
         return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take everything from a request; it begins again from what the cache still has then."""
+        self._release(sequence)
+        sequence.started, sequence.computed = False, 0
 
     def _compute(self, work: list[Work]) -> None:
         begin = perf_counter()
         # Rows that give logits come first, so that theirs are the first rows of the result.
         ready = [w for w in work if w.count == w.sequence.waiting_tokens and w.sequence.wants_logits]
         others = [w for w in work if w not in ready]
-        rows = [Row(s.ids, s.computed, count, s.pages, int(w in ready)) for w in ready + others for s, count in (w,)]
+        rows = [Row(s.ids, s.computed, count, s.pages, int(w in ready), *s.keep) for w in ready + others for s, count in (w,)]
         logits = self._runner.forward(rows)
         tokens = self._runner.sample(logits, [s for s, _ in ready], self._allowed) if ready else []
         if not ready:
@@ -362,6 +397,8 @@ class Engine:
             new = max(0, min(sequence.prompt_length - sequence.computed, count))
             sequence.stream.stats.computed_tokens += new
             prompt_tokens += new
+            if self._checkpoints:
+                self._checkpoints.settle(sequence)
             sequence.computed += count
         self._steps += 1
         self._computed += prompt_tokens
@@ -379,9 +416,12 @@ class Engine:
         return self._tokenizer.allowed(sequence.required, self._runner.mask_words) if sequence.required and self._tokenizer else None
 
     def _release(self, sequence: Sequence) -> None:
-        """Give the sequence's pages to the cache."""
+        """Give the sequence's pages and states to the cache."""
         if self._reuse and sequence.pages:
-            self._cache.insert(sequence.ids[:sequence.computed], sequence.pages[:-(-sequence.computed // PAGE_SIZE)])
+            self._cache.insert(sequence.ids[:sequence.computed], sequence.pages[:-(-sequence.computed // PAGE_SIZE)],
+                               self._checkpoints.finished(sequence) if self._checkpoints else ())
+        if self._checkpoints:
+            self._checkpoints.release(sequence)
         for page in sequence.pages:
             self._pool.release(page)
         sequence.pages = []
@@ -416,15 +456,19 @@ class Engine:
             self._cache.evict(needed - self._pool.free)
         if self._pool.free < needed:
             raise EngineError("there are no free pages to score in: wait for the requests that run")
+        slot = self._checkpoints.take() if self._checkpoints else None
         pages, out = [self._pool.take() for _ in range(needed)], bytearray(4 * len(ids) * v)
         try:
             for first in range(0, len(ids), chunk):
                 count = min(chunk, len(ids) - first)
-                logits = self._runner.forward([Row(ids, first, count, pages, count)])
+                keep = {} if slot is None else {count - 1: slot}
+                logits = self._runner.forward([Row(ids, first, count, pages, count, slot if first and keep else -1, keep)])
                 self._runner.backend.copy_out_into(memoryview(out)[4 * first * v:4 * (first + count) * v], logits)
         finally:
             for page in pages:
                 self._pool.release(page)
+            if slot is not None:
+                self._checkpoints.pool.release(slot)
         return Logits(out, (len(ids), v))
 
 

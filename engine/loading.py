@@ -24,6 +24,8 @@ from inference_pio.native.dtype import DType
 
 _MARGIN = 256 << 20          # left to others when the budget is what is free
 _CONTEXTS = 4                # full contexts that the cache holds, if memory allows
+_RUNNING = 4                 # slots for the states of requests that run side by side
+_CHECKPOINTS = 64            # slots for checkpoints, if memory allows
 _ACTIVATIONS = {"f32": DType.F32, "bf16": DType.BF16, "q8": DType.Q8_0}
 
 
@@ -51,6 +53,8 @@ class Plan:
     context: int
     pages: int
     page_bytes: int
+    states: int              # slots for recurrent states; 0: the model has none
+    state_bytes: int         # of a slot
 
 
 def open_checkpoint(located: Located) -> Checkpoint:
@@ -102,7 +106,8 @@ def open_backend(device: str, threads: int) -> Backend:
         raise DeviceError(str(error)) from None
 
 
-def plan(checkpoint: Checkpoint, backend: Backend, activations: str, memory: int | None, context: int | None) -> Plan:
+def plan(checkpoint: Checkpoint, backend: Backend, activations: str, memory: int | None, context: int | None,
+         checkpoints: int | None) -> Plan:
     """Fits weights and pages into the budget, or OutOfMemory with what would help."""
     quantised = any(t.dtype is not None and t.dtype not in (DType.F32, DType.F16, DType.BF16) for t in checkpoint.tensors.values())
     if activations == "auto":
@@ -117,12 +122,22 @@ def plan(checkpoint: Checkpoint, backend: Backend, activations: str, memory: int
     weights = sum(t.nbytes for t in checkpoint.tensors.values())
     budget = memory if memory is not None else backend.memory_info()[0] - _MARGIN
     least = -(-context // PAGE_SIZE) + 2
-    pages = min((budget - weights) // page_bytes, _CONTEXTS * least)
-    if pages < least:
+    layout = checkpoint.plugin.cache_layout(checkpoint.config).states
+    state_bytes = layout.nbytes if layout else 0
+    left = budget - weights - least * page_bytes - state_bytes
+    if left < 0:
+        states = f", {_mb(state_bytes)} for a recurrent state" if state_bytes else ""
         raise OutOfMemory(
-            f"{checkpoint.path.name} needs {_mb(weights)} for weights and {_mb(least * page_bytes)} for {context} tokens of context on "
-            f"{backend.device}; the budget is {_mb(max(budget, 0))}. A smaller --context, a larger --memory or a smaller model would fit")
-    return Plan(storage, rounding, cache_dtype, context, pages, page_bytes)
+            f"{checkpoint.path.name} needs {_mb(weights)} for weights{states} and {_mb(least * page_bytes)} for {context} tokens of "
+            f"context on {backend.device}; the budget is {_mb(max(budget, 0))}. A smaller --context, a larger --memory or a smaller "
+            "model would fit")
+    states = 0
+    if state_bytes:
+        wanted = _CHECKPOINTS if checkpoints is None else checkpoints // state_bytes
+        states = 1 + min(_RUNNING - 1 + wanted, left // 2 // state_bytes)
+        left -= (states - 1) * state_bytes
+    pages = least + min(left // page_bytes, (_CONTEXTS - 1) * least)
+    return Plan(storage, rounding, cache_dtype, context, pages, page_bytes, states, state_bytes)
 
 
 def load(checkpoint: Checkpoint, backend: Backend, plan: Plan, progress: Callable[[int, int], None]) -> tuple[Runner, int]:
@@ -132,7 +147,7 @@ def load(checkpoint: Checkpoint, backend: Backend, plan: Plan, progress: Callabl
         weights = checkpoint.plugin.load(checkpoint.config, store, backend)
         store.finish()
         runner = Runner(backend, checkpoint.plugin, checkpoint.config, weights, storage=plan.storage, cache_dtype=plan.cache_dtype,
-                        pages=plan.pages, context=plan.context, vocabulary=checkpoint.tokenizer.vocabulary if checkpoint.tokenizer else 0)
+                        pages=plan.pages, slots=plan.states, context=plan.context, vocabulary=checkpoint.tokenizer.vocabulary if checkpoint.tokenizer else 0)
     except native.OutOfMemory as error:
         raise OutOfMemory(f"{checkpoint.path.name} does not fit on {backend.device}: {error}. "
                           "Use a smaller --context, a smaller model or --device cpu") from None

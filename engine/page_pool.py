@@ -1,16 +1,16 @@
-"""Which pages of the KV cache are free, and how many hold on to the others."""
+"""Which pages of the KV cache, or slots of recurrent states, are free, and how many hold on to the others."""
 
 from __future__ import annotations
 
 
 class PagePool:
-    """Pages 1 .. count - 1 with reference counts. Page 0 is never given out: padding rows write there."""
+    """Pages first .. count - 1 with reference counts. Page 0 of the KV cache is never given out: padding rows write there."""
 
-    def __init__(self, count: int):
-        if count < 2:
-            raise ValueError(f"a page pool needs at least 2 pages, not {count}")
-        self.count = count
-        self._free = list(range(count - 1, 0, -1))
+    def __init__(self, count: int, first: int = 1):
+        if count <= first:
+            raise ValueError(f"a pool needs more than {first} pages, not {count}")
+        self.count, self.first = count, first
+        self._free = list(range(count - 1, first - 1, -1))
         self._references = [0] * count
 
     @property
@@ -19,7 +19,7 @@ class PagePool:
 
     @property
     def usable(self) -> int:
-        return self.count - 1
+        return self.count - self.first
 
     def take(self) -> int:
         """A free page with one reference. IndexError if there is none: ask `free` first."""

@@ -16,17 +16,20 @@ class PromptRenderer:
         self._prompts, self._tokenizer, self._template, self._where = prompts, tokenizer, template, where
         self.stop_ids: frozenset[int] = frozenset()
         self.fim_stop_ids: frozenset[int] = frozenset()
+        self.boundaries: frozenset[int] = frozenset()   # tokens that end a segment of a prompt
         self.has_fim = False
         if tokenizer is None:
             return
         self.stop_ids = frozenset(tokenizer.special[t] for t in prompts.stop if t in tokenizer.special)
-        self.fim_stop_ids = self.stop_ids
+        self.fim_stop_ids = self.boundaries = self.stop_ids
         if prompts.fim is not None:
             self.has_fim = True
             for token in (prompts.fim.prefix, prompts.fim.suffix, prompts.fim.middle):
                 if token not in tokenizer.special:
                     raise BadCheckpoint(f"{where}: its tokenizer lacks {token!r}, which fill-in-the-middle prompts need")
             self.fim_stop_ids |= {tokenizer.special[t] for t in prompts.fim.stop if t in tokenizer.special}
+            fim = prompts.fim
+            self.boundaries |= {tokenizer.special[t] for t in (fim.prefix, fim.suffix, fim.middle, fim.file) if t in tokenizer.special}
 
     def render(self, prompt: Prompt) -> tuple[list[int], bytes]:
         """(ids, bytes that the answer must begin with because a word was cut: they are in the document already)"""

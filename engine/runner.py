@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Callable, Sequence as Items
+from collections.abc import Callable, Mapping, Sequence as Items
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from inference_pio.engine.sequence import HISTORY, Sequence
@@ -20,25 +21,34 @@ SCORED_ROWS = 64             # rows of logits a step of `score` can give
 
 
 class Row(NamedTuple):
-    """Tokens ids[first:first + count] of a sequence whose pages are `pages`; logits of the last of them, or of all, are wanted or not."""
+    """Tokens ids[first:first + count] of a sequence whose pages are `pages`; logits of the last of them, or of all, are wanted or not.
+
+    Models with recurrent layers take up the state in slot `start` and keep it after rows of the step in other slots.
+    """
 
     ids: Items[int]
     first: int
     count: int
     pages: Items[int]
     logits: int   # how many of the last tokens give logits
+    start: int = -1   # slot of the state before them, -1: zeros
+    keep: Mapping[int, int] = MappingProxyType({})   # row (0: the first of these tokens) -> slot
 
 
 class Runner:
     """The model with its workspace, cache and batch."""
 
     def __init__(self, backend: Backend, plugin: ModelPlugin, config: Any, weights: Any, *, storage: DType, cache_dtype: DType,
-                 pages: int, context: int, vocabulary: int):
+                 pages: int, slots: int, context: int, vocabulary: int):
         self.backend, self._plugin, self._config, self._weights = backend, plugin, config, weights
         layout = plugin.cache_layout(config)
         self.most_tokens = 512 if backend.kind == "cpu" else 2048
         self._max_pages = -(-context // PAGE_SIZE)
-        self._pool, self._cache = backend.kv_cache(layout.layers, pages, layout.g, PAGE_SIZE, layout.p, cache_dtype)
+        self._pool, kv = backend.kv_cache(layout.layers, pages, layout.g, PAGE_SIZE, layout.p, cache_dtype)
+        s, states = layout.states, ()
+        if s is not None:
+            _, states = backend.states(s.layers, slots, s.hk, s.hv, s.pk, s.pv, s.taps)
+        self._cache = layout.in_order(kv, states)
         self._page_bytes = layout.g * PAGE_SIZE * layout.p * (4 if cache_dtype == DType.F32 else 2)
         self._planes, self._pages = 2 * layout.layers, pages
         self._batch = backend.batch(self.most_tokens, MOST_ROWS, self._max_pages, SCORED_ROWS)
@@ -47,7 +57,7 @@ class Runner:
         self._staging = backend.host_buffer(self._batch.block.nbytes).cast("i")
         base = int(backend.ffi.cast("uintptr_t", self._batch.block.pointer))
         self._fields = {name: (int(backend.ffi.cast("uintptr_t", getattr(self._batch, name).pointer)) - base) // 4
-                        for name in ("ids", "positions", "slots", "sequences", "logit_rows", "query_starts", "page_table")}
+                        for name in ("ids", "positions", "slots", "sequences", "states_out", "logit_rows", "query_starts", "states_in", "page_table")}
         v = self._workspace.logits.shape[1]
         self._v, self._vocabulary = v, min(vocabulary or v, v)
         self._words = -(-v // 32)
@@ -83,10 +93,13 @@ class Runner:
             return self._run()
         self._batch.resize(bucket, bucket, bucket)
         if bucket not in self._graphs:
-            self._run()   # whatever a library sets up when an op first runs cannot be recorded
+            # Whatever a library sets up when an op first runs cannot be recorded. This run is the step: a state kept in place may
+            # not be advanced twice.
+            computed = self._run()
             with self.backend.capture() as graph:
                 logits = self._run()
             self._graphs[bucket] = graph, logits
+            return computed
         graph, logits = self._graphs[bucket]
         graph.launch()
         return logits
@@ -98,8 +111,12 @@ class Runner:
         """Write the batch; rows beyond those given pad the step, at position 0 of page 0."""
         staging, fields, at, logit = self._staging, self._fields, 0, 0
         ids, positions, slots, sequences = fields["ids"], fields["positions"], fields["slots"], fields["sequences"]
-        for index, (tokens, first, count, pages, logits) in enumerate(rows):
+        for index, (tokens, first, count, pages, logits, start, keep) in enumerate(rows):
             staging[fields["query_starts"] + index] = at
+            staging[fields["states_in"] + index] = start
+            staging[fields["states_out"] + at:fields["states_out"] + at + count] = array("i", [-1]) * count
+            for row, slot in keep.items():
+                staging[fields["states_out"] + at + row] = slot
             place = fields["page_table"] + index * self._max_pages
             staging[place:place + len(pages)] = array("i", pages)
             if count == 1:
@@ -120,6 +137,7 @@ class Runner:
             staging[fields["page_table"] + index * self._max_pages] = 0
             staging[ids + at] = staging[positions + at] = staging[slots + at] = 0
             staging[sequences + at] = index
+            staging[fields["states_in"] + index] = staging[fields["states_out"] + at] = -1
             at += 1
         staging[fields["query_starts"] + b] = at
         self.backend.copy_in_async(self._batch.block, self._staging)

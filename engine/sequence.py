@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from inference_pio.engine.request import Priority, SamplingParams
 from inference_pio.engine.stopping import StopTexts
@@ -11,6 +13,25 @@ from inference_pio.engine.stream import TokenStream
 from inference_pio.engine.tokenizer import StreamDecoder, Tokenizer
 
 HISTORY = 1024   # last tokens that the penalties see
+
+
+class Keep(NamedTuple):
+    """Recurrent states of one step: the slot to start from (-1: zeros), and slots by the row after which they are kept."""
+
+    start: int
+    slots: Mapping[int, int]
+
+
+NOTHING = Keep(-1, {})
+
+
+@dataclass(eq=False)
+class HeldState:
+    """The recurrent state behind `position` tokens, in a slot. wanted: it is to become a checkpoint."""
+
+    position: int
+    slot: int
+    wanted: bool
 
 
 @dataclass(eq=False)
@@ -28,6 +49,9 @@ class Sequence:
     computed: int = 0
     pages: list[int] = field(default_factory=list)
     started: bool = False
+    states: list[HeldState] = field(default_factory=list)   # of a model with recurrent layers; the last is the current one
+    marks: list[int] = field(default_factory=list)          # positions at which the state should be kept
+    keep: Keep = NOTHING                                    # of the step that is about to run
 
     def __post_init__(self) -> None:
         p = self.params

@@ -7,6 +7,8 @@ import pytest
 from inference_pio.native import ops
 from inference_pio.native.dtype import DType
 
+from arrays import Guarded, put, round_to
+
 EPS = 1e-6
 
 
@@ -90,7 +92,7 @@ class Layer:
     def states_now(self):
         return np.frombuffer(self.backend.copy_out(self.whole), "f4").reshape(self.whole.shape)
 
-    def run(self, x, starts, states_in, states_out):
+    def run(self, x, starts, states_in, states_out, dtype=DType.F32):
         """out of one step whose sequence s has rows starts[s] .. starts[s + 1] of x; checks the guard row behind it."""
         backend, n, d = self.backend, len(x), self.shape.hv * self.shape.pv
         batch = backend.batch(max(n, 1), len(starts) - 1, 1, 1)
@@ -98,11 +100,9 @@ class Layer:
         for name, values in (("query_starts", starts), ("states_in", states_in), ("states_out", states_out)):
             backend.copy_in(getattr(batch, name), np.array(values, "i4").tobytes())
         backend.copy_in(batch.sequences, np.repeat(np.arange(len(starts) - 1), np.diff(starts)).astype("i4").tobytes())
-        out = self.put(np.full((n + 1, d), 7.0))
-        ops.gated_delta_rule(out.rows(0, n), self.put(x), *self.w_device, self.states, batch, EPS)
-        out = np.frombuffer(backend.copy_out(out), "f4").reshape(n + 1, d)
-        assert (out[n] == 7.0).all()
-        return out[:n]
+        out = Guarded(backend, n, d, dtype)
+        ops.gated_delta_rule(out.tensor.rows(0, n), put(backend, x, dtype), *self.w_device, self.states, batch, EPS)
+        return out.read()
 
 
 def close(a, b, tolerance=2e-4):
@@ -177,6 +177,30 @@ def test_chunks_agree_with_the_whole(backend, chunk, rng):
     after = layer.states_now()
     for a, b in zip(layer.split(after, 1), layer.split(after, 0), strict=True):
         close(a, b, 1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 2, 16, 17, 63, 64, 65, 128, 300])
+def test_bf16_keeps_states_in_f32(backend, n, rng):
+    """Storage in bf16; a GPU takes heads of 128 in chunks here, and rows are kept at, before and behind the chunks' ends."""
+    shape = Shape(2, 4, 128, 128, 4)
+    layer = Layer(backend, shape, 8, rng)
+    x = round_to(rng.normal(0, 1, (n, shape.width)), DType.BF16)
+    cut = n // 3
+    kept = dict(zip(sorted({0, 1, cut, cut + 62, cut + 63, n - 1} & set(range(n)) - {cut - 1}), (4, 5, 6, 7, 3), strict=False))
+    kept.setdefault(n - 1, 0)
+    if cut:
+        kept[cut - 1] = 1
+    starts = [0, cut, n]
+    out = layer.run(x.astype("f4"), starts, [1, 0], [kept.get(t, -1) for t in range(n)], DType.BF16)
+    after = layer.states_now()
+    for s, slot in enumerate((1, 0)):
+        rows = range(starts[s], starts[s + 1])
+        expected, states = oracle(shape, x[rows.start:rows.stop], layer.w, *layer.split(layer.before, slot))
+        close(out[rows.start:rows.stop], expected, 2e-2)
+        for t in rows:
+            if t in kept:
+                for got, wanted in zip(layer.split(after, kept[t]), states[t - rows.start], strict=True):
+                    close(got, wanted, 2e-2)
 
 
 def test_strong_decay_stays_finite(backend, rng):

@@ -1,0 +1,1 @@
+"""Qwen3-Coder-Next (Qwen3NextForCausalLM)."""
