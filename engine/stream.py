@@ -59,6 +59,7 @@ class TokenStream:
         """Nobody wants more: the step in flight ends, and what was computed stays in the cache. May be called more than once."""
         if not self.closed and not self._ended:
             self.closed = True
+            self.stats.total_ms = self.elapsed_ms()
             self._on_close()
 
     # ---- the consumer's side ---------------------------------------------------------------------------------------------

@@ -16,6 +16,28 @@ from pygls.protocol.language_server import lsp_method
 class Protocol(LanguageServerProtocol):
     """Documents are ours (see documents.py): pygls splits lines where LSP does not and keeps a second copy of every text."""
 
+    def __init__(self, *arguments: Any, **options: Any):
+        self._inner: dict[Any, set] = {}   # request -> the coroutines that its generator handler has handed its work to
+        super().__init__(*arguments, **options)
+
+    def _execute_handler(self, msg_id, handler, callback, args=None, kwargs=None):
+        super()._execute_handler(msg_id, handler, callback, args, kwargs)
+        outer = self.msg_id
+        if outer is not None and outer != msg_id and msg_id in self._request_futures:
+            self._inner.setdefault(outer, set()).add(msg_id)
+
+    def _handle_cancel_notification(self, msg_id):
+        """pygls tells the client that a request of a generator handler is cancelled, and lets its coroutine run to the end."""
+        inner = self._inner.pop(msg_id, ())
+        super()._handle_cancel_notification(msg_id)
+        for number in inner:
+            if (future := self._request_futures.pop(number, None)) is not None:
+                future.cancel()
+
+    def _send_handler_result(self, future, *, msg_id):
+        self._inner.pop(msg_id, None)
+        super()._send_handler_result(future, msg_id=msg_id)
+
     @lsp_method(types.TEXT_DOCUMENT_DID_OPEN)
     def lsp_text_document__did_open(self, params: types.DidOpenTextDocumentParams):
         yield from self._hand_on(types.TEXT_DOCUMENT_DID_OPEN, params)

@@ -41,6 +41,7 @@ class Server(LanguageServer):
             (types.TEXT_DOCUMENT_INLINE_COMPLETION, self.on_inline_completion, types.InlineCompletionOptions()),
             (types.TEXT_DOCUMENT_COMPLETION, self.on_completion, types.CompletionOptions(trigger_characters=[".", "(", " "])),
             ("pio/status", lambda params: status(self.session), None),
+            ("pio/measure", self.on_measure, None),
             ("pio/explain", lambda params: explain(self.session), None),
             # What Copilot's clients send; accepting is seen as a change, and nothing is logged.
             ("textDocument/didShowCompletion", lambda params: None, None),
@@ -188,6 +189,14 @@ class Server(LanguageServer):
         return types.CompletionList(is_incomplete=True, items=[types.CompletionItem(
             label=first + (" …" if "\n" in text else ""), kind=types.CompletionItemKind.Snippet, detail="pio", filter_text=word + text,
             sort_text="0", text_edit=edit, documentation=text)])
+
+    def on_measure(self, params: Any):
+        return (yield self._measure, (), None)
+
+    async def _measure(self) -> dict[str, float]:
+        """`pio/measure`: bytes per second that the device reads, now. For --bench."""
+        engine = self.session.engine
+        return {"readBandwidth": await self.session.in_worker(engine.read_bandwidth) if engine else 0.0}
 
     # ---- wires -----------------------------------------------------------------------------------------------------------
 
