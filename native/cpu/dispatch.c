@@ -15,7 +15,13 @@ __attribute__((constructor)) static void choose(void) {
     bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
     bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")
                   && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
-    if (avx2 && (!most || strcmp(most, "c") != 0)) tops_kernels_avx2(&table);
-    if (avx512 && (!most || strcmp(most, "avx512") == 0)) tops_kernels_avx512(&table);
+    if (avx2 && (!most || strcmp(most, "c") != 0)) {
+        tops_kernels_avx2(&table);
+        tops_tiles_avx2(&table);
+    }
+    if (avx512 && (!most || strcmp(most, "avx512") == 0)) {
+        tops_kernels_avx512(&table);
+        tops_tiles_avx512(&table);
+    }
 #endif
 }

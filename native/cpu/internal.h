@@ -93,6 +93,8 @@ extern const tops_kernels *tops_cpu;   /* chosen when the library is loaded */
 void tops_kernels_c(tops_kernels *table);
 void tops_kernels_avx2(tops_kernels *table);
 void tops_kernels_avx512(tops_kernels *table);
+void tops_tiles_avx2(tops_kernels *table);     /* the integer and float tiles that are written for them */
+void tops_tiles_avx512(tops_kernels *table);
 
 /* ---- packed weights ---- */
 bool tops_is_quantised(int dtype);
