@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from inference_pio.engine import EngineError, TokenStream
@@ -41,6 +42,12 @@ class LastRequest:
     rule: str | None = None          # the trimming rule that left nothing
     prompt: str | None = None
     stats: dict[str, Any] = field(default_factory=dict)
+    first_token_ms: float | None = None     # both since the request came in; None: no token was generated
+    total_ms: float | None = None
+    began: float = field(default_factory=perf_counter, repr=False)
+
+    def elapsed_ms(self) -> float:
+        return 1e3 * (perf_counter() - self.began)
 
 
 class Session:

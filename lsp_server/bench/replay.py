@@ -1,182 +1,171 @@
-"""Replays traces against a real server and collects one record for each completion."""
+"""Trace and server in, samples out: plays a typing session as a person with an editor would, and keeps the time."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
+from typing import Protocol
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-from inference_pio.lsp_server.bench.client import Client, ServerFailed
-from inference_pio.lsp_server.bench.trace import Event, Trace
-from inference_pio.lsp_server.documents import Document
-
-__all__ = ["Record", "Run", "ServerFailed", "replay"]
-_READY_PATIENCE = 1800.0   # seconds: a first start may download the model
-
-
-@dataclass(frozen=True)
-class Record:
-    """One completion. Milliseconds; tokens of the prompt."""
-
-    trace: str
-    kind: str
-    total_ms: float                  # from the request to the answer, as the editor sees it
-    first_token_ms: float | None     # inside the engine; None where no model was asked
-    source: str
-    shown: bool
-    prompt_tokens: int
-    reused_tokens: int
-    computed_tokens: int
-    tokens_per_second: float | None
+from inference_pio.lsp_server.bench.buffer import Buffer, end_of
+from inference_pio.lsp_server.bench.trace import THROUGH, Change, Event, Position, Trace, TraceError
 
 
 @dataclass
-class Run:
-    info: dict[str, Any]
-    initialize_ms: float
-    ready_ms: float
-    read_bandwidth: float            # bytes per second
-    records: list[Record] = field(default_factory=list)
-    cancel_ms: list[float] = field(default_factory=list)
-    round_trip_ms: list[float] = field(default_factory=list)
+class Answer:
+    """What a server said to one request. Times are milliseconds since the keystroke; tokens are the server's own count."""
+
+    text: str = ""                        # what the editor would show at the cursor
+    first_token_ms: float | None = None   # None: no token was generated or shown
+    answer_ms: float = 0.0
+    source: str = "model"                 # or where else the text came from: type-through, adopted, prefetch, none
+    reason: str = ""                      # why nothing was shown
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    computed_tokens: int = 0
+    generated_tokens: int = 0
+    decode_ms: float = 0.0                # from the first generated token to the last
+    server_ms: float | None = None        # what the server itself took for the whole request
 
 
-async def replay(traces: list[Trace], options: list[str], title: str) -> Run:
-    begin = perf_counter()
-    client = await Client.start(options)
-    try:
-        await client.request("initialize", {"processId": None, "rootUri": None, "capabilities": {
-            "general": {"positionEncodings": ["utf-32"]}}})
-        initialize_ms = (perf_counter() - begin) * 1000
-        client.notify("initialized", {})
-        steps = sum(len(event.text) if event.do == "type" else 1 for trace in traces for event in trace.events)
-        columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn()
-        with Progress(*columns, transient=True) as progress:
-            task = progress.add_task("starting the server", total=steps)
-            status = await _ready(client, lambda text: progress.update(task, description=text))
-            ready_ms = (perf_counter() - begin) * 1000
-            bandwidth = (await client.request("pio/measure", {}))["readBandwidth"]
-            run = Run(status["info"], initialize_ms, ready_ms, bandwidth)
-            for trace in traces:
-                progress.update(task, description=f"{trace.name}, {title}")
-                await _Player(client, trace, run, lambda: progress.advance(task)).play()
-        for _ in range(200):
-            start = perf_counter()
-            await client.request("pio/status", {})
-            run.round_trip_ms.append((perf_counter() - start) * 1000)
-        return run
-    finally:
-        await client.stop()
+@dataclass(frozen=True)
+class Sample:
+    """One measured request."""
+
+    trace: str
+    document: str
+    kind: str
+    at_s: float                           # since the replay began
+    answer: Answer
 
 
-async def _ready(client: Client, show: Any) -> dict[str, Any]:
-    end = perf_counter() + _READY_PATIENCE
-    while perf_counter() < end:
-        status = await client.request("pio/status", {})
-        if status["state"] == "ready":
-            return status
-        if status["state"] == "error":
-            raise ServerFailed(status["error"])
-        if status["progress"]:
-            p = status["progress"]
-            show(f"{'downloading' if p['stage'] == 'download' else 'loading'} {p['done'] / 1e6:.0f} of {p['total'] / 1e6:.0f} MB")
-        await asyncio.sleep(0.05)
-    raise ServerFailed("the model was not ready after half an hour")
+@dataclass
+class Recording:
+    """What one replay of some traces gave."""
+
+    samples: list[Sample] = field(default_factory=list)
+    idle_ms: list[float] = field(default_factory=list)      # from a cancel until the engine rests
+    requests: int = 0                                       # all that were sent, also those nobody waited for
+    skipped: int = 0                                        # type-through and accept with nothing shown
+    events_left: int = 0                                    # not played because the time was up
+    seconds: float = 0.0
 
 
-class _Player:
-    def __init__(self, client: Client, trace: Trace, run: Run, advance: Any):
-        self._client, self._trace, self._run, self._advance = client, trace, run, advance
-        self._documents: dict[str, Document] = {}
-        self._cursor: dict[str, int] = {}
-        self._suggested = ""
+class Suggestion(Protocol):
+    """A request on its way."""
 
-    async def play(self) -> None:
-        for event in self._trace.events:
-            self._open(event.file)
-            if event.at is not None:
-                self._cursor[event.file] = self._place(event)
-            if event.do == "type":
-                for key in event.text:
-                    self._edit(event.file, 0, key)
-                    await self._ask(event)
-                    self._advance()
-                continue
-            if event.do == "insert":
-                self._edit(event.file, 0, event.text)
-            elif event.do == "accept":
-                self._edit(event.file, 0, self._suggested)
-            elif event.do == "delete":
-                self._edit(event.file, len(event.text), "")
-            await (self._cancel(event) if event.do == "cancel" else self._ask(event))
-            self._advance()
-        for name in self._documents:
-            self._client.notify("textDocument/didClose", {"textDocument": {"uri": self._uri(name)}})
+    async def answer(self) -> Answer: ...
 
-    def _uri(self, name: str) -> str:
-        return f"file:///bench/{self._trace.name.replace(' ', '-')}/{name}"
+    def abandon(self) -> None:
+        """Nobody waits any more, and the server is not told: the next keystroke supersedes this one."""
 
-    def _open(self, name: str) -> None:
-        if name not in self._documents:
-            language, text = self._trace.files[name]
-            self._documents[name] = Document.of(self._uri(name), language, 1, text)
-            self._cursor[name] = len(text)
-            self._client.notify("textDocument/didOpen", {"textDocument": {"uri": self._uri(name), "languageId": language, "version": 1, "text": text}})
 
-    def _place(self, event: Event) -> int:
-        at = self._documents[event.file].text.find(event.at)
-        if at < 0:
-            raise ServerFailed(f"trace {self._trace.name!r}: {event.at!r} is not in {event.file}")
-        return at + len(event.at)
+class Target(Protocol):
+    """A server under test, as the replay sees it."""
 
-    def _position(self, name: str, offset: int) -> dict[str, int]:
-        line, character = self._documents[name].position(offset, "utf-32")
-        return {"line": line, "character": character}
+    remembers_shown: bool    # whether typing along a suggestion asks the server at all
 
-    def _edit(self, name: str, delete: int, text: str) -> None:
-        document, at = self._documents[name], self._cursor[name]
-        span = {"start": self._position(name, at), "end": self._position(name, at + delete)}
-        self._documents[name] = document.edited(at, at + delete, text, document.version + 1)
-        self._cursor[name] = at + len(text)
-        self._client.notify("textDocument/didChange", {"textDocument": {"uri": document.uri, "version": document.version + 1},
-                                                       "contentChanges": [{"range": span, "text": text}]})
+    def open(self, document: str, language: str, buffer: Buffer) -> None: ...
 
-    def _request(self, event: Event) -> tuple[int, asyncio.Future]:
-        return self._client.begin("textDocument/inlineCompletion", {
-            "textDocument": {"uri": self._uri(event.file)}, "position": self._position(event.file, self._cursor[event.file]),
-            "context": {"triggerKind": 2}})
+    def change(self, document: str, change: Change, buffer: Buffer) -> None: ...
 
-    async def _ask(self, event: Event) -> None:
-        start = perf_counter()
-        result = await self._request(event)[1]
-        total_ms = (perf_counter() - start) * 1000
-        self._suggested = result["items"][0]["insertText"] if result["items"] else ""
-        last = (await self._client.request("pio/status", {}))["last"]
-        stats = last["stats"]
-        first, all_ms, tokens = stats.get("first_token_ms"), stats.get("total_ms"), stats.get("generated_tokens", 0)
-        speed = (tokens - 1) / (all_ms - first) * 1000 if first and all_ms and tokens > 8 and all_ms > first else None
-        kind = "type-through" if last["source"] == "type-through" else event.kind
-        self._run.records.append(Record(
-            self._trace.name, kind, total_ms, first, last["source"], bool(self._suggested), stats.get("prompt_tokens", 0),
-            stats.get("reused_tokens", 0), stats.get("computed_tokens", 0), speed))
-        await asyncio.sleep(event.pause_ms / 1000)
+    def suggest(self, document: str, cursor: Position, buffer: Buffer, keystroke: float) -> Suggestion:
+        """Asks for a suggestion; `keystroke` is when (perf_counter) the change began."""
 
-    async def _cancel(self, event: Event) -> None:
-        number, future = self._request(event)
-        await asyncio.sleep(0.03)
-        if future.done():
+    async def cancel(self, suggestion: Suggestion) -> float:
+        """Cancels it and returns the milliseconds until the server's engine does nothing."""
+
+
+class Replay:
+    """One trace on one target. Text the model suggested and the trace accepts is taken back before the next recorded change,
+    so that every model, and every server, sees the same documents."""
+
+    def __init__(self, trace: Trace, target: Target, recording: Recording, began: float) -> None:
+        self.trace, self.target, self.recording, self.began = trace, target, recording, began
+        self._buffers: dict[str, Buffer] = {}
+        self._reverts: dict[str, list[Change]] = {name: [] for name in trace.documents}
+        self._shown = ""                       # the suggestion on the screen
+        self._cursor: Position = (0, 0)        # where it was asked for
+
+    async def run(self, deadline: float, progress: Callable[[], None]) -> None:
+        """Plays events until the last one or `deadline` (perf_counter)."""
+        key = perf_counter()
+        for index, event in enumerate(self.trace.events):
+            if perf_counter() > deadline:
+                self.recording.events_left += len(self.trace.events) - index
+                return
+            await asyncio.sleep(max(0.0, key + event.pause_ms / 1e3 - perf_counter()))
+            key = perf_counter()
+            try:
+                await self._play(event)
+            except ValueError as e:
+                raise TraceError(f"trace {self.trace.name}, event {index}: {e}") from e
+            progress()
+
+    async def _play(self, event: Event) -> None:
+        document = event.document
+        if document not in self._buffers:
+            source = self.trace.documents[document]
+            self._buffers[document] = Buffer(source.text)
+            self.target.open(document, source.language, self._buffers[document])
+        buffer = self._buffers[document]
+        typed = self._shown[:event.take] if event.take else self._shown if event.accept else ""
+        if (event.take or event.accept) and (not typed or event.take and not self.target.remembers_shown):
+            self.recording.skipped += 1
             return
-        start = perf_counter()
-        self._client.notify("$/cancelRequest", {"id": number})
-        try:
-            await future
-        except ServerFailed:
-            pass   # the answer to a cancelled request is an error
-        while True:
-            engine = (await self._client.request("pio/status", {}))["engine"]
-            if not engine["running"] and not engine["waiting"]:
-                break
-        self._run.cancel_ms.append((perf_counter() - start) * 1000)
+        if not typed:
+            self._take_back(document)
+        keystroke = perf_counter()
+        change = Change(self._cursor, self._cursor, typed) if typed else event.change
+        if change:
+            revert = buffer.apply(change)
+            self.target.change(document, change, buffer)
+            if typed:
+                self._reverts[document].append(revert)
+            self._cursor = end_of(change.start, change.text)
+        if not event.request:
+            self._shown = ""
+            return
+        if isinstance(event.request, tuple):
+            buffer.offset(event.request)
+            self._cursor = event.request
+        await self._ask(event, buffer, keystroke, typed)
+
+    async def _ask(self, event: Event, buffer: Buffer, keystroke: float, typed: str) -> None:
+        self.recording.requests += 1
+        suggestion = self.target.suggest(event.document, self._cursor, buffer, keystroke)
+        if event.cancel_after_ms is not None:
+            self._shown = ""
+            await asyncio.sleep(event.cancel_after_ms / 1e3)
+            self.recording.idle_ms.append(await self.target.cancel(suggestion))
+        elif not event.wait:
+            self._shown = ""
+            suggestion.abandon()
+        else:
+            answer = await suggestion.answer()
+            self._shown = answer.text
+            # Also what was recorded as another kind may agree with the suggestion on the screen, and then costs nothing.
+            kind = THROUGH if answer.source == THROUGH else event.kind
+            self.recording.samples.append(Sample(self.trace.name, event.document, kind, keystroke - self.began, answer))
+
+    def _take_back(self, document: str) -> None:
+        buffer = self._buffers[document]
+        for revert in reversed(self._reverts[document]):
+            buffer.apply(revert)
+            self.target.change(document, revert, buffer)
+        self._reverts[document].clear()
+
+
+async def replay(traces: list[Trace], target: Target, seconds: float, progress: Callable[[Trace, Recording], None],
+                 warm_up: Callable[[], Awaitable[None]] | None = None) -> Recording:
+    """All traces, one after another. Each may take its share of `seconds`; what one leaves over, the next ones have."""
+    if warm_up:
+        await warm_up()
+    recording, began = Recording(), perf_counter()
+    for index, trace in enumerate(traces):
+        now = perf_counter()
+        share = (began + seconds - now) / (len(traces) - index)
+        await Replay(trace, target, recording, began).run(now + share, lambda: progress(trace, recording))
+    recording.seconds = perf_counter() - began
+    return recording

@@ -33,14 +33,20 @@ class Cursor:
 
 async def complete(session: Session, cursor: Cursor, explicit: bool = False) -> str:
     """The suggestion at the cursor, or "" with the reason in session.last. Superseded by any later call for the same document."""
+    last = session.last = LastRequest(cursor.document.uri, cursor.document.version, "superseded")
+    try:
+        return await _complete(session, cursor, explicit, last)
+    finally:
+        last.total_ms = last.elapsed_ms()
+
+
+async def _complete(session: Session, cursor: Cursor, explicit: bool, last: LastRequest) -> str:
     document, uri = cursor.document, cursor.document.uri
+    number = session.supersede(uri)
     along = session.suggestions.typed_along(uri, document.text, cursor.offset)
     if along is not None:
-        session.supersede(uri)
-        session.last = LastRequest(uri, document.version, "shown", "type-through")
+        last.reason, last.source = "shown", "type-through"
         return along
-    number = session.supersede(uri)
-    last = session.last = LastRequest(uri, document.version, "superseded")
     settings = session.settings
     if not settings.enable and not explicit:
         last.reason = "switched off by the setting enable"
@@ -84,6 +90,7 @@ async def _generate(session: Session, cursor: Cursor, number: int, prompt: FimPr
     stop = () if s.multiline and not place.after.strip(")]}>,; \t\"'`") else ("\n",)
     params = SamplingParams(max_tokens=s.max_tokens, temperature=s.temperature, deadline_ms=float(s.deadline_ms), stop=stop)
     stream: TokenStream = await session.in_worker(session.engine.submit, prompt, params, Priority.COMPLETION)
+    submitted_ms = last.elapsed_ms()
     if not session.is_latest(uri, number):
         stream.close()
         return ""
@@ -103,6 +110,8 @@ async def _generate(session: Session, cursor: Cursor, number: int, prompt: FimPr
         if session.streams.get(uri) is stream:
             del session.streams[uri]
         last.source, last.stats = "model", asdict(stream.stats)
+        if stream.stats.first_token_ms is not None:
+            last.first_token_ms = submitted_ms + stream.stats.first_token_ms
     if not session.is_latest(uri, number):
         return ""
     cut = not ended_early and stream.stats.finish_reason in ("length", "deadline")

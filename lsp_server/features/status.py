@@ -13,7 +13,7 @@ def status(session: Session) -> dict[str, Any]:
     answer: dict[str, Any] = {"state": "ready" if session.engine else "error" if session.error else "loading", "model": session.settings.model,
                               "error": session.error, "progress": asdict(session.progress) if session.progress else None}
     if session.last is not None:
-        answer["last"] = {key: value for key, value in asdict(session.last).items() if key != "prompt"}
+        answer["last"] = {key: value for key, value in asdict(session.last).items() if key not in ("prompt", "began")}
     if session.engine is not None:
         answer["engine"] = asdict(session.engine.status())
         answer["info"] = {**asdict(session.engine.info), "path": str(session.engine.info.path)}
@@ -24,4 +24,4 @@ def explain(session: Session) -> dict[str, Any]:
     """`pio.explain`: why the last request showed what it showed, with the prompt the model saw."""
     if session.last is None:
         return {"reason": "no completion was asked for yet"}
-    return asdict(session.last)
+    return {key: value for key, value in asdict(session.last).items() if key != "began"}

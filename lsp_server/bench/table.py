@@ -1,0 +1,106 @@
+"""The report for a terminal. Everything shown comes from the JSON document."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+PERCENTILES = ("p50", "p90", "p99")
+
+
+def show(document: dict[str, Any], console: Console) -> None:
+    ours, *others = document["runs"]
+    console.print()
+    console.print(_headline(document), soft_wrap=True)
+    for block in (_kinds(ours), *(_beside(ours, other, document["ratios"][other["name"]]) for other in others)):
+        console.print()
+        for line in block:
+            console.print(line, soft_wrap=True)
+    console.print()
+    for label, text in facts(document):
+        console.print(Text.assemble((f" {label:<16}", "dim"), text), soft_wrap=True)
+    console.print()
+
+
+def facts(document: dict[str, Any]) -> list[tuple[str, str]]:
+    """The findings in words, for the terminal and for the page."""
+    run, roof = document["runs"][0], document["roof"]
+    lines = []
+    if (warm := warm_against_cold(run)) is not None:
+        cold_ms, warm_ms = warm
+        lines.append(("a keystroke", f"{ms(warm_ms)} ms to the first token, a cold prompt {ms(cold_ms)} ms: {warm_ms / cold_ms:.2f} of it (p50)"))
+    if run["prompt_tokens"]:
+        lines.append(("prompt tokens", f"{run['prompt_tokens']:,} asked for: {run['reused_tokens']:,} reused, {run['computed_tokens']:,} computed"))
+    if speed := run["decode_tokens_per_second"]:
+        lines.append(("decode", f"{speed:.0f} tokens/s = {roof['decode_gb_per_second']:.1f} GB/s, "
+                                f"{100 * roof['share']:.0f} % of the {roof['read_gb_per_second']:.1f} GB/s measured on this device"))
+    if memory := run["from_memory_ms"]:
+        lines.append(("type-through", f"p50 {ms(memory['p50'])} ms, p99 {ms(memory['p99'])} ms inside the server; no model is asked"))
+    if idle := run["cancel_to_idle_ms"]:
+        lines.append(("cancel to idle", f"p50 {ms(idle['p50'])} ms, p99 {ms(idle['p99'])} ms until the engine rests"))
+    start, trip = run["startup"], run["round_trip_ms"]
+    lines.append(("round trip", f"p50 {ms(trip['p50'])} ms, p99 {ms(trip['p99'])} ms from editor to editor for a request without a model"))
+    lines.append(("start", f"initialize answered after {start['initialize_ms'] / 1e3:.2f} s, model ready after {start['ready_ms'] / 1e3:.1f} s"))
+    played = f"{run['measured']} of {run['requests']} requests measured in {run['seconds']:.0f} s; the others were typed over or cancelled"
+    if run["events_left"]:
+        played += f"; the time was up with {run['events_left']} events left"
+    return [*lines, ("played", played)]
+
+
+def warm_against_cold(run: dict[str, Any]) -> tuple[float, float] | None:
+    """Median milliseconds to the first token: a cold prompt's, and a key's on a line that was asked for before."""
+    spreads = [run["kinds"].get(kind, {}).get("first_token_ms") for kind in ("cold", "same line")]
+    return (spreads[0]["p50"], spreads[1]["p50"]) if all(spreads) else None
+
+
+def _headline(document: dict[str, Any]) -> Text:
+    model, machine = document["model"], document["machine"]
+    return Text.assemble((f" {model['name']}", "bold"), (
+        f"  {model['weight_bytes'] / 1e6:.0f} MB of weights, {model['activations']} activations, on {model['device']}"
+        f" ({machine['processor']}, {machine['cores']} cores)", "dim"))
+
+
+def _kinds(run: dict[str, Any]) -> list[Text]:
+    lines = [_head("", "first token, ms", "suggestion, ms", "prompt tokens"), _names(run["name"], "reused", "new")]
+    for kind, row in run["kinds"].items():
+        tokens = [f"{row[key]['p50']:,}" if row[key] else "–" for key in ("reused_tokens", "computed_tokens")]
+        lines.append(_row(kind, row["requests"], row["first_token_ms"], row["answer_ms"], *tokens))
+    return lines
+
+
+def _beside(ours: dict[str, Any], other: dict[str, Any], ratios: dict[str, dict[str, float]]) -> list[Text]:
+    lines = [_head("", "its first token, ms", "ours, ms", "times longer"), _names(f"beside {other['name']}", "p50", "p90")]
+    for kind, ratio in ratios.items():
+        theirs, mine = other["kinds"][kind], ours["kinds"][kind]
+        lines.append(_row(kind, theirs["requests"], theirs["first_token_ms"], mine["first_token_ms"], *(f"{ratio[p]:.1f}" for p in ("p50", "p90"))))
+    return lines
+
+
+# Rows of 79 characters, for a terminal of 80: name, count, two spreads of three columns, two numbers.
+
+
+def _head(name: str, first: str, second: str, third: str) -> Text:
+    return Text(f" {name:<25}{first:>19}{second:>20}{third:>15}", "dim")
+
+
+def _names(name: str, first: str, second: str) -> Text:
+    percentiles = "".join(f"{p:>6}" for p in PERCENTILES)
+    return Text.assemble((f" {name:<20}", "bold"), (f"{'asked':>6}{percentiles}  {percentiles}{first:>8}{second:>7}", "dim"))
+
+
+def _row(name: str, count: int, first: dict[str, float] | None, second: dict[str, float] | None, third: str, fourth: str) -> Text:
+    parts: list[Any] = [f" {name:<20}", f"{count:>6}"]
+    for i, spread in enumerate((first, second)):
+        parts += ["  " if i else "", *((f"{value:>6}", "" if j else "bold cyan") for j, value in enumerate(_spread(spread)))]
+    return Text.assemble(*parts, f"{third:>8}{fourth:>7}")
+
+
+def _spread(spread: dict[str, float] | None) -> list[str]:
+    return [ms(spread[p]) for p in PERCENTILES] if spread else ["–"] * 3
+
+
+def ms(value: float) -> str:
+    """Three digits are what a clock like this is good for."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
