@@ -300,11 +300,12 @@ class Engine:
 
     def _step(self, work: list[Work]) -> None:
         try:
-            for sequence, _ in work:
-                if not sequence.started:
+            while fresh := [sequence for sequence, _ in work if not sequence.started]:
+                for sequence in fresh:
                     self._start(sequence)
-            work = [w for w in self._scheduler.next_step() if self._provide(w)]   # what is reused has changed what is left to do
-            work = [w for w in work if w.sequence.started]                        # one may have lost its pages to another
+                work = self._scheduler.next_step()   # what is reused has changed what is left to do
+            work = [w for w in work if self._provide(w)]
+            work = [w for w in work if w.sequence.started]   # one may have lost its pages to another
             if work:
                 self._compute(work)
         except DeviceFailed as error:

@@ -1,0 +1,126 @@
+"""Requests from submission to the end: stopping, closing, priorities, errors. On a tiny checkpoint, and on the real one where time counts."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from checkpoints import GOLDEN
+from inference_pio.engine import BadCheckpoint, DeviceError, Engine, EngineError, ModelNotFound, OutOfMemory, Priority, SamplingParams, TokenPrompt
+from inference_pio.engine.stopping import StopTexts
+
+PROMPT = TokenPrompt(tuple(range(5, 25)))
+
+
+@pytest.fixture(scope="module")
+def engine():
+    with Engine.open(GOLDEN / "llama", device="cpu", context=400) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def real():
+    with Engine.open("smollm2-135m", device="cpu") as engine:
+        yield engine
+
+
+def test_stop_texts_are_found_across_pieces_and_not_shown():
+    stops = StopTexts(("\n\n", "END"))
+    shown = [stops.feed(piece) for piece in ("a\n", "b", "\nE", "N", "x", "\n", "\nrest")]
+    assert "".join(text for text, _ in shown) == "a\nb\nENx" and shown[-1][1]
+    assert stops.feed("more") == ("", True) and stops.finish() == ""
+    held = StopTexts(("END",))
+    assert held.feed("the E")[0] == "the " and held.finish() == "E"
+
+
+def test_length_stop_and_prefill_only(engine):
+    answer = engine.generate(PROMPT, SamplingParams(max_tokens=5, ignore_eos=True))
+    assert len(answer.token_ids) == 5 and answer.finish_reason == "length"
+    answer = engine.generate(TokenPrompt(tuple(range(200, 260))), SamplingParams(max_tokens=0))
+    assert answer.token_ids == () and answer.stats.computed_tokens == 60
+    again = engine.generate(TokenPrompt(tuple(range(200, 260)) + (7,)), SamplingParams(max_tokens=1, ignore_eos=True))
+    assert again.stats.reused_tokens == 60, "what was prefilled is reused"
+
+
+def test_sampling_repeats_with_its_seed(engine):
+    params = [SamplingParams(max_tokens=12, temperature=1.0, seed=seed, ignore_eos=True) for seed in (1, 1, 2)]
+    first, same, other = (engine.generate(PROMPT, p).token_ids for p in params)
+    assert first == same != other
+    greedy = engine.generate(PROMPT, SamplingParams(max_tokens=12, ignore_eos=True)).token_ids
+    assert engine.generate(PROMPT, SamplingParams(max_tokens=12, temperature=1.0, top_k=1, ignore_eos=True)).token_ids == greedy
+    penalised = engine.generate(PROMPT, SamplingParams(max_tokens=12, presence_penalty=1e9, ignore_eos=True)).token_ids
+    assert len(set(penalised)) == 12 and not set(penalised) & set(PROMPT.token_ids)
+
+
+def test_deadline_and_async_iteration(real):
+    async def collect():
+        stream = real.submit("def main():", SamplingParams(max_tokens=2000, deadline_ms=150, ignore_eos=True))
+        return "".join([piece async for piece in stream]), stream
+    text, stream = asyncio.run(collect())
+    assert stream.stats.finish_reason == "deadline" and text == stream.text and stream.stats.total_ms < 1000
+
+
+def test_urgent_requests_overtake(real):
+    background = real.submit("Once upon a time", SamplingParams(max_tokens=400, ignore_eos=True), Priority.PREFETCH)
+    next(background)
+    urgent = real.generate("def main():", SamplingParams(max_tokens=4, ignore_eos=True), Priority.COMPLETION)
+    assert not background.done and len(urgent.token_ids) == 4
+    background.close()
+    assert list(background) is not None and background.stats.finish_reason == "closed"
+
+
+def test_closing_leaves_the_engine_idle_within_a_step_and_keeps_the_work(real):
+    waits = []
+    for number in range(12):
+        text = f"# file {number}\n" + "".join(f"value_{i} = compute({i} + {number})\n" for i in range(120))
+        stream = real.submit(text, SamplingParams(max_tokens=50, ignore_eos=True))
+        time.sleep(0.1)
+        begin = time.perf_counter()
+        stream.close()
+        for _ in stream:
+            pass
+        waits.append(time.perf_counter() - begin)
+        assert real.status().running == real.status().waiting == 0
+        again = real.generate(text, SamplingParams(max_tokens=1, ignore_eos=True))
+        assert again.stats.reused_tokens > 0, "what was computed before the cancellation is reused"
+    print("cancel to idle, ms:", sorted(round(w * 1000, 1) for w in waits))
+    assert sorted(waits)[len(waits) // 2] < 1.0   # machines are noisy; the figure itself is printed and benchmarked
+
+
+def test_errors_name_the_thing(engine, tmp_path):
+    with pytest.raises(EngineError, match="empty"):
+        engine.submit(TokenPrompt(()))
+    with pytest.raises(EngineError, match="no tokenizer"):
+        engine.submit("text")
+    with pytest.raises(EngineError, match="395 tokens .* context holds 400"):
+        engine.submit(TokenPrompt(tuple([5] * 395)), SamplingParams(max_tokens=6))
+    with pytest.raises(EngineError, match="token ids must be in 0..511"):
+        engine.submit(TokenPrompt((512,)))
+    with pytest.raises(ValueError, match="top_p must be"):
+        SamplingParams(top_p=0)
+    with pytest.raises(ModelNotFound, match="no model 'nonsense'"):
+        Engine.open("nonsense")
+    with pytest.raises(ModelNotFound, match="neither a config.json"):
+        Engine.open(tmp_path)
+    (tmp_path / "broken.gguf").write_bytes(b"GGUFxx")
+    with pytest.raises(BadCheckpoint, match="cut off"):
+        Engine.open(tmp_path / "broken.gguf")
+    with pytest.raises(DeviceError, match="device must be"):
+        Engine.open(GOLDEN / "llama", device="gpu")
+    with pytest.raises(OutOfMemory, match="--context"):
+        Engine.open(GOLDEN / "llama", device="cpu", memory=450_000)
+    for _ in range(3):
+        assert engine.generate(PROMPT, SamplingParams(max_tokens=1, ignore_eos=True)).token_ids, "it works on after every error"
+
+
+def test_a_closed_engine_says_so():
+    engine = Engine.open(GOLDEN / "llama", device="cpu", context=64)
+    stream = engine.submit(PROMPT, SamplingParams(max_tokens=40, ignore_eos=True))
+    engine.close()
+    for _ in stream:
+        pass
+    assert stream.done
+    with pytest.raises(EngineError, match="closed"):
+        engine.submit(PROMPT, SamplingParams(max_tokens=1))
