@@ -46,12 +46,16 @@ static inline void *scratch_take(tops_scratch *scratch, int64_t bytes) {
 #define REQUIRE_SCRATCH(pointer) \
     REQUIRE((pointer) != NULL, "scratch: reserve more (tops_stream_reserve), %lld bytes are too few", (long long)stream->scratch_bytes)
 
-/* ---- rows of activations, as the tiles read them; strides are cols, cols, cols / 32, cols / 16 ---- */
+/* ---- rows of activations, as the tiles read them: f32, and rounded to 8 bits where a weight asks for it ---- */
 typedef struct {
-    const float *f32;
-    const int8_t *q8;         /* x = scale * q8, groups of 32 */
-    const float *scales;
-    const int32_t *sums;      /* of q8, by halves of a group */
+    float scale;              /* x = scale * code */
+    float sum, half_sum[2];   /* scale * the sum of the codes, of all and by halves */
+    int8_t code[BLOCK];
+} tops_q8;
+
+typedef struct {
+    const float *f32;         /* [rows, cols] */
+    const tops_q8 *q8;        /* [rows, cols / BLOCK] */
     int64_t cols;
 } tops_rows;
 
@@ -79,7 +83,7 @@ typedef struct {
     const char *name;
     tops_tile tile_f32[DTYPES], tile_q8[DTYPES];
     void (*rms_norm)(float *out, const float *x, const float *weight, int64_t d, float eps);
-    void (*quantize_row)(int8_t *q, float *scales, int32_t *sums, const float *x, int64_t cols);
+    void (*quantize_row)(tops_q8 *q, const float *x, int64_t cols);
     void (*silu_mul)(float *out, const float *gate, const float *up, int64_t count);
     void (*attend)(const tops_attention_item *item);
     void (*load_row)(float *out, const void *in, int dtype, int64_t count);

@@ -35,21 +35,21 @@ static void silu_mul(float *out, const float *gate, const float *up, int64_t cou
     for (int64_t i = 0; i < count; i++) out[i] = silu(gate[i]) * up[i];
 }
 
-static void quantize_row(int8_t *restrict q, float *restrict scales, int32_t *restrict sums, const float *restrict x, int64_t cols) {
-    for (int64_t b = 0; b < cols / BLOCK; b++, x += BLOCK, q += BLOCK) {
+static void quantize_row(tops_q8 *restrict q, const float *restrict x, int64_t cols) {
+    for (int64_t b = 0; b < cols / BLOCK; b++, x += BLOCK, q++) {
         float most = 0;
         for (int c = 0; c < BLOCK; c++) most = fabsf(x[c]) > most ? fabsf(x[c]) : most;
         float inverse = most > 0 ? 127.0f / most : 0;
-        scales[b] = most / 127.0f;
-        for (int half = 0; half < 2; half++) {
-            int32_t sum = 0;
+        int32_t sum[2] = {0};
+        q->scale = most / 127.0f;
+        for (int half = 0; half < 2; half++)
             for (int c = 16 * half; c < 16 * half + 16; c++) {
                 int32_t code = (int32_t)rintf(x[c] * inverse);
-                q[c] = (int8_t)code;
-                sum += code;
+                q->code[c] = (int8_t)code;
+                sum[half] += code;
             }
-            sums[2 * b + half] = sum;
-        }
+        for (int half = 0; half < 2; half++) q->half_sum[half] = q->scale * (float)sum[half];
+        q->sum = q->scale * (float)(sum[0] + sum[1]);
     }
 }
 
@@ -111,27 +111,27 @@ static inline __attribute__((always_inline)) void tile_f32(int dtype, float *res
     memcpy(out, sum, (size_t)tokens * GROUP * sizeof(float));
 }
 
-/* Integer dot products by halves of a block; scale and minimum are applied to their sums, as the vector tiles do. */
+/* Integer dot products by halves of a block, scaled afterwards; an offset of the codes counts as a minimum of -offset scale. */
 static inline __attribute__((always_inline)) void tile_q8(int dtype, float *restrict out, const unsigned char *group, const tops_rows *x,
                                                           int64_t first, int tokens) {
     tops_format f = format_of(dtype);
+    int64_t blocks = x->cols / BLOCK;
     for (int i = 0; i < tokens * GROUP; i++) out[i] = 0;
-    for (int64_t b = 0; b < x->cols / BLOCK; b++) {
+    for (int64_t b = 0; b < blocks; b++) {
         const unsigned char *header = header_at(f, group, b), *block = block_at(f, group, b);
         for (int half = 0; half < 2; half++) {
             int32_t code[16][GROUP];
             float scale[GROUP], minimum[GROUP];
             for (int r = 0; r < GROUP; r++) affine_of(dtype, header, block, r, half, &scale[r], &minimum[r]);
+            for (int r = 0; r < GROUP; r++) minimum[r] -= (float)f.offset * scale[r];
             for (int c = 0; c < 16; c++)
                 for (int r = 0; r < GROUP; r++) code[c][r] = code_at(f, block, r, 16 * half + c);
             for (int t = 0; t < tokens; t++) {
-                const int8_t *q = x->q8 + (first + t) * x->cols + b * BLOCK + 16 * half;
-                int32_t sum = x->sums[(first + t) * (x->cols / 16) + 2 * b + half], dot[GROUP];
-                float step = x->scales[(first + t) * (x->cols / BLOCK) + b];
-                for (int r = 0; r < GROUP; r++) dot[r] = -f.offset * sum;
+                const tops_q8 *q = x->q8 + (first + t) * blocks + b;
+                int32_t dot[GROUP] = {0};
                 for (int c = 0; c < 16; c++)
-                    for (int r = 0; r < GROUP; r++) dot[r] += code[c][r] * q[c];
-                for (int r = 0; r < GROUP; r++) out[t * GROUP + r] += scale[r] * (step * (float)dot[r]) + minimum[r] * (step * (float)sum);
+                    for (int r = 0; r < GROUP; r++) dot[r] += code[c][r] * q->code[16 * half + c];
+                for (int r = 0; r < GROUP; r++) out[t * GROUP + r] += scale[r] * (q->scale * (float)dot[r]) + minimum[r] * q->half_sum[half];
             }
         }
     }

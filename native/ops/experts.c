@@ -52,8 +52,7 @@ static void prepare_row(void *context, int64_t at) {
     float *row = (float *)job->x.f32 + at * cols;
     tops_cpu->load_row(row, job->in + (size_t)(row_of(job, job->order[at]) * cols) * storage_bytes(job->dtype), job->dtype, cols);
     if (job->x.q8)
-        tops_cpu->quantize_row((int8_t *)job->x.q8 + at * cols, (float *)job->x.scales + at * (cols / BLOCK),
-                               (int32_t *)job->x.sums + at * (cols / 16), row, cols);
+        tops_cpu->quantize_row((tops_q8 *)job->x.q8 + at * (cols / BLOCK), row, cols);
 }
 
 /* Sorts the pairs and loads their rows. */
@@ -69,11 +68,8 @@ static int sort_pairs(tops_stream *stream, expert_job *job, tops_scratch *scratc
     bool q8 = false;
     for (int part = 0; part < parts; part++) q8 = q8 || rounds_to_q8(&job->w[part]) || rounds_to_q8(&job->shared[part]);
     if (q8) {
-        float *scales = scratch_take(scratch, pairs * (cols / BLOCK * 12 + cols));
-        REQUIRE_SCRATCH(scales);
-        job->x.scales = scales;
-        job->x.sums = (int32_t *)(scales + pairs * (cols / BLOCK));
-        job->x.q8 = (int8_t *)(job->x.sums + pairs * (cols / 16));
+        job->x.q8 = scratch_take(scratch, pairs * (cols / BLOCK) * (int64_t)sizeof *job->x.q8);
+        REQUIRE_SCRATCH(job->x.q8);
     }
     for (int64_t t = 0; t < n; t++) {
         for (int64_t j = 0; j < k; j++) values[t * (k + 1) + j] = experts[t * k + j] < e ? experts[t * k + j] : -1;

@@ -19,12 +19,10 @@ typedef struct {
     const float *norm;
     float eps;
     int dtype;
-    bool round, quantise;
+    bool round;
     int64_t cols;
     float *f32;
-    int8_t *q8;
-    float *scales;
-    int32_t *sums;
+    tops_q8 *q8;
 } prepare_job;
 
 static void prepare_row(void *context, int64_t t) {
@@ -41,8 +39,7 @@ static void prepare_row(void *context, int64_t t) {
             memcpy(row + i, &bits, 4);
         }
     }
-    if (job->quantise)
-        tops_cpu->quantize_row(job->q8 + t * cols, job->scales + t * (cols / BLOCK), job->sums + t * (cols / 16), row, cols);
+    if (job->q8) tops_cpu->quantize_row(job->q8 + t * (cols / BLOCK), row, cols);
 }
 
 static void finish(const linear_job *job, const float *tile, int64_t token, int tokens, int64_t first_row, int count) {
@@ -119,12 +116,10 @@ static int run(tops_stream *stream, void *out, const void *x, const float *norm,
     tops_scratch scratch = scratch_of(stream);
     float *f32 = scratch_take(&scratch, n * cols * 4);
     REQUIRE_SCRATCH(f32);
-    prepare_job prepare = {.x = x, .norm = norm, .eps = eps, .dtype = dtype, .round = round, .quantise = quantise, .cols = cols, .f32 = f32};
+    prepare_job prepare = {.x = x, .norm = norm, .eps = eps, .dtype = dtype, .round = round, .cols = cols, .f32 = f32};
     if (quantise) {
-        prepare.q8 = scratch_take(&scratch, n * cols);
-        prepare.scales = scratch_take(&scratch, n * (cols / BLOCK) * 4);
-        prepare.sums = scratch_take(&scratch, n * (cols / 16) * 4);
-        REQUIRE_SCRATCH(prepare.sums);
+        prepare.q8 = scratch_take(&scratch, n * (cols / BLOCK) * (int64_t)sizeof *prepare.q8);
+        REQUIRE_SCRATCH(prepare.q8);
     }
     /* A wake-up of the team costs more than a few short rows. */
     if (n * cols < 16384) for (int64_t t = 0; t < n; t++) prepare_row(&prepare, t);
@@ -132,7 +127,7 @@ static int run(tops_stream *stream, void *out, const void *x, const float *norm,
 
     linear_job job = {.w = w, .parts = parts, .mode = mode, .out_dtype = out_dtype, .out = out, .n = n, .out_cols = mode == GATE_UP ? w->rows : rows,
                       .groups = mode == GATE_UP ? group_count(w->rows) : groups,
-                      .x = {f32, prepare.q8, prepare.scales, prepare.sums, cols}};
+                      .x = {f32, prepare.q8, cols}};
     int64_t shares = tops_team_threads(stream->team) * 8;
     job.chunk = (job.groups + shares - 1) / shares;
     tops_team_run(stream->team, (job.groups + job.chunk - 1) / job.chunk, run_chunk, &job);

@@ -1,207 +1,176 @@
-/* Tiles for AVX-512 with VNNI: a register holds 16 rows, 4 columns each as bytes or one column each as floats.
+/* Tiles for AVX-512 with VNNI. A register holds the same four columns of all 16 rows; a token's columns are broadcast.
  *
- * Integer tiles: for each block of 32 columns, dpbusd adds four products of unsigned codes and signed activations into each row's
- * lane; the sum becomes a float once, times the activation's scale and the row's. An offset of the codes is taken out beforehand, by
- * starting the integer sum at -offset * (sum of activations). */
+ * Per block of 32 columns, sum += scale (step dot) + minimum (step sum of the token's codes), where an offset of the codes is
+ * a minimum of -offset scale: dot is exact in integers and every format takes the same four float operations.
+ * A token's sums are added in the same order however many tokens share the tile: batches do not change results.
+ */
 #include <immintrin.h>
 
 #include "../cpu/formats.h"
 
 #define INLINE static inline __attribute__((always_inline))
 
-INLINE __m512 half_to_float(const unsigned char *at) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)at)); }
-INLINE __m512 bytes_to_float(const unsigned char *at) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)at))); }
-INLINE __m512 signed_bytes_to_float(const unsigned char *at) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)at))); }
+INLINE __m512 halves(const unsigned char *f16) { return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)f16)); }
+INLINE __m512 unsigned_bytes(const unsigned char *u8) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)u8))); }
+INLINE __m512 signed_bytes(const unsigned char *i8) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)i8))); }
 
-INLINE __mmask64 bits_at(const unsigned char *at) {
-    uint64_t bits;
-    memcpy(&bits, at, 8);
-    return _cvtu64_mask64(bits);
+/* Values are scale * code + minimum, by halves of a block where the format has them (Q6_K). */
+typedef struct {
+    __m512 scale[2], minimum[2];
+} affine;
+
+INLINE affine affine_of_rows(int dtype, const unsigned char *header, const unsigned char *block) {
+    affine a;
+    switch (dtype) {
+    case TOPS_Q4_1: case TOPS_Q5_1:
+        a.scale[0] = halves(block);
+        a.minimum[0] = halves(block + 32);
+        break;
+    case TOPS_Q4_K: case TOPS_Q5_K:
+        a.scale[0] = _mm512_mul_ps(halves(header), unsigned_bytes(block));
+        a.minimum[0] = _mm512_fnmadd_ps(halves(header + 32), unsigned_bytes(block + 16), _mm512_setzero_ps());
+        break;
+    case TOPS_Q6_K:
+        for (int half = 0; half < 2; half++) {
+            a.scale[half] = _mm512_mul_ps(halves(header), signed_bytes(block + 16 * half));
+            a.minimum[half] = _mm512_mul_ps(a.scale[half], _mm512_set1_ps(-32));
+        }
+        return a;
+    default:
+        a.scale[0] = halves(block);
+        a.minimum[0] = _mm512_mul_ps(a.scale[0], _mm512_set1_ps((float)-format_of(dtype).offset));
+    }
+    a.scale[1] = a.scale[0];
+    a.minimum[1] = a.minimum[0];
+    return a;
 }
 
-/* The 8 vectors of codes of a block: vector v holds columns 4 v .. 4 v + 3 of every row. */
-INLINE void load_codes(tops_format f, __m512i *w, const unsigned char *codes) {
-    const __m512i low = _mm512_set1_epi8(15);
+/* Unsigned codes of a block: vector v holds columns 4v .. 4v + 3. */
+INLINE void codes_of(__m512i code[8], tops_format f, const unsigned char *at) {
     if (f.bits == 8) {
-        for (int v = 0; v < 8; v++) w[v] = _mm512_loadu_si512(codes + 64 * v);
+        for (int v = 0; v < 8; v++) code[v] = _mm512_loadu_si512(at + 64 * v);
         return;
     }
+    const __m512i nibble = _mm512_set1_epi8(15);
     for (int v = 0; v < 4; v++) {
-        __m512i raw = _mm512_loadu_si512(codes + 64 * v);
-        w[v] = _mm512_and_si512(raw, low);
-        w[v + 4] = _mm512_and_si512(_mm512_srli_epi16(raw, 4), low);
+        __m512i pair = _mm512_loadu_si512(at + 64 * v);
+        code[v] = _mm512_and_si512(pair, nibble);
+        code[4 + v] = _mm512_and_si512(_mm512_srli_epi16(pair, 4), nibble);
     }
-    for (int bit = 4; bit < f.bits; bit++)
-        for (int v = 0; v < 8; v++) {
-            __mmask64 set = bits_at(codes + 256 + (bit - 4) * 64 + 8 * v);
-            w[v] = _mm512_mask_add_epi8(w[v], set, w[v], _mm512_set1_epi8((char)(1 << bit)));
-        }
+    at += 256;
+    for (int bit = 4; bit < f.bits; bit++, at += 64)
+        for (int v = 0; v < 8; v++)
+            code[v] = _mm512_mask_add_epi8(code[v], _load_mask64((__mmask64 *)(at + 8 * v)), code[v], _mm512_set1_epi8((char)(1 << bit)));
 }
 
-INLINE __m512i activations_at(const int8_t *q) {
-    int32_t four;
-    memcpy(&four, q, 4);
-    return _mm512_set1_epi32(four);
+/* Four neighbouring codes of a token in every lane. */
+INLINE __m512i four(const int8_t *code) {
+    int32_t bits;
+    memcpy(&bits, code, 4);
+    return _mm512_set1_epi32(bits);
 }
 
-INLINE void q8_tile(int dtype, float *out, const unsigned char *group, const tops_rows *x, int64_t first, const int T) {
-    const tops_format f = format_of(dtype);
-    const bool halves = dtype == TOPS_Q6_K;   /* each half of a block has its own scale */
-    const int64_t blocks = x->cols / BLOCK, per_super = f.super / BLOCK;
-    const int8_t *q = x->q8 + first * x->cols;
-    const float *steps = x->scales + first * blocks;
-    const int32_t *sums = x->sums + first * 2 * blocks;
-    __m512 total[TILE], d = _mm512_setzero_ps(), d_minimum = d;
-    for (int t = 0; t < T; t++) total[t] = _mm512_setzero_ps();
-    const unsigned char *at = group;
-    for (int64_t b = 0; b < blocks; b++) {
-        if (f.header && b % per_super == 0) {
-            d = half_to_float(at);
-            if (f.minimum) d_minimum = half_to_float(at + 32);
-            at += f.header;
-        }
-        __m512i w[8];
-        load_codes(f, w, at + f.affine);
-        __m512 scale, other = d, minimum = d;
-        if (halves) {
-            scale = _mm512_mul_ps(d, signed_bytes_to_float(at));
-            other = _mm512_mul_ps(d, signed_bytes_to_float(at + 16));
-        } else if (f.header) {
-            scale = _mm512_mul_ps(d, bytes_to_float(at));
-            minimum = _mm512_mul_ps(d_minimum, bytes_to_float(at + 16));
-        } else {
-            scale = half_to_float(at);
-            if (f.minimum) minimum = half_to_float(at + 32);
-        }
-        for (int t = 0; t < T; t++) {
-            const int8_t *row = q + t * x->cols + b * BLOCK;
-            const int32_t *sum = sums + 2 * (t * blocks + b);
-            __m512i one = _mm512_set1_epi32(-f.offset * (halves ? sum[0] : sum[0] + sum[1]));
-            __m512i two = halves ? _mm512_set1_epi32(-f.offset * sum[1]) : _mm512_setzero_si512();
-            for (int v = 0; v < 4; v++) {
-                one = _mm512_dpbusd_epi32(one, w[v], activations_at(row + 4 * v));
-                two = _mm512_dpbusd_epi32(two, w[v + 4], activations_at(row + 16 + 4 * v));
-            }
-            float step = steps[t * blocks + b];
-            if (halves) {
-                total[t] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(one), _mm512_set1_ps(step)), scale, total[t]);
-                total[t] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(two), _mm512_set1_ps(step)), other, total[t]);
-                continue;
-            }
-            __m512 dot = _mm512_cvtepi32_ps(_mm512_add_epi32(one, two));
-            total[t] = _mm512_fmadd_ps(_mm512_mul_ps(dot, _mm512_set1_ps(step)), scale, total[t]);
-            if (f.minimum) {
-                __m512 shift = _mm512_set1_ps(step * (float)(sum[0] + sum[1]));
-                total[t] = f.header ? _mm512_fnmadd_ps(shift, minimum, total[t]) : _mm512_fmadd_ps(shift, minimum, total[t]);
-            }
-        }
-        at += block_bytes(f);
+INLINE __m512 add_block(__m512 sum, int dtype, affine a, const __m512i code[8], const tops_q8 *x) {
+    __m512i dot[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+    int parts = dtype == TOPS_Q6_K ? 2 : 1;
+    for (int v = 0; v < 8; v++) dot[v * parts / 8] = _mm512_dpbusd_epi32(dot[v * parts / 8], code[v], four(x->code + 4 * v));
+    for (int part = 0; part < parts; part++) {
+        __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(dot[part]), _mm512_set1_ps(x->scale));
+        sum = _mm512_fmadd_ps(a.scale[part], scaled, sum);
+        sum = _mm512_fmadd_ps(a.minimum[part], _mm512_set1_ps(parts == 1 ? x->sum : x->half_sum[part]), sum);
     }
-    for (int t = 0; t < T; t++) _mm512_storeu_ps(out + t * GROUP, total[t]);
+    return sum;
 }
 
-/* Float weights: two columns of every row at a time. */
-INLINE void load_pair(int dtype, __m512 *even, __m512 *odd, const unsigned char *group, int64_t c, const float *scales) {
+INLINE void tile_q8(int dtype, int tokens, float *out, const unsigned char *group, const tops_q8 *x, int64_t blocks) {
+    tops_format f = format_of(dtype);
+    int in_super = f.super / BLOCK;
+    __m512 sum[TILE];
+    for (int t = 0; t < tokens; t++) sum[t] = _mm512_setzero_ps();
+    for (int64_t b = 0; b < blocks; group += super_bytes(f)) {
+        const unsigned char *block = group + f.header;
+        for (int i = 0; i < in_super; i++, b++, block += block_bytes(f)) {
+            __m512i code[8];
+            codes_of(code, f, block + f.affine);
+            affine a = affine_of_rows(dtype, group, block);
+            for (int t = 0; t < tokens; t++) sum[t] = add_block(sum[t], dtype, a, code, x + t * blocks + b);
+        }
+    }
+    for (int t = 0; t < tokens; t++) _mm512_storeu_ps(out + t * GROUP, sum[t]);
+}
+
+/* Column c of a float format, 16 rows. */
+INLINE __m512 column_of(int dtype, const unsigned char *group, int64_t c, const float *scales) {
+    if (dtype == TOPS_F32) return _mm512_loadu_ps(group + 64 * c);
+    if (dtype == TOPS_F16) return halves(group + 32 * c);
     if (dtype == TOPS_BF16) {
-        __m512i raw = _mm512_loadu_si512(group + c * GROUP * 2);
-        *even = _mm512_castsi512_ps(_mm512_slli_epi32(raw, 16));
-        *odd = _mm512_castsi512_ps(_mm512_and_si512(raw, _mm512_set1_epi32((int)0xffff0000)));
-    } else if (dtype == TOPS_F16) {
-        *even = half_to_float(group + c * GROUP * 2);
-        *odd = half_to_float(group + (c + 1) * GROUP * 2);
-    } else if (dtype == TOPS_F32) {
-        *even = _mm512_loadu_ps(group + c * GROUP * 4);
-        *odd = _mm512_loadu_ps(group + (c + 1) * GROUP * 4);
+        __m512i pair = _mm512_loadu_si512(group + 64 * (c / 2));
+        return _mm512_castsi512_ps(c % 2 ? _mm512_and_si512(pair, _mm512_set1_epi32((int)0xffff0000)) : _mm512_slli_epi32(pair, 16));
+    }
+    /* e4m3 moved to the place of f16's fields is 256 times too small. */
+    __m256i code = _mm256_cvtepu8_epi16(_mm_loadu_si128((const void *)(group + 16 * c)));
+    __m256i magnitude = _mm256_slli_epi16(_mm256_and_si256(code, _mm256_set1_epi16(0x7f)), 7);
+    __m256i f16 = _mm256_or_si256(magnitude, _mm256_slli_epi16(_mm256_and_si256(code, _mm256_set1_epi16(0x80)), 8));
+    return _mm512_mul_ps(_mm512_cvtph_ps(f16), _mm512_set1_ps(256.0f * (scales ? scales[c / 128] : 1.0f)));
+}
+
+INLINE void add_column(__m512 *sum, int tokens, __m512 w, const float *x, int64_t cols) {
+    for (int t = 0; t < tokens; t++) sum[t] = _mm512_fmadd_ps(w, _mm512_set1_ps(x[t * cols]), sum[t]);
+}
+
+INLINE void tile_f32(int dtype, int tokens, float *out, const unsigned char *group, const float *x, int64_t cols, const float *scales) {
+    tops_format f = format_of(dtype);
+    __m512 even[TILE], odd[TILE];   /* two chains of additions, because one would wait for itself */
+    for (int t = 0; t < tokens; t++) even[t] = odd[t] = _mm512_setzero_ps();
+    if (f.super) {
+        for (int64_t b = 0; b < cols / BLOCK; b++, x += BLOCK) {
+            const unsigned char *block = block_at(f, group, b);
+            affine a = affine_of_rows(dtype, header_at(f, group, b), block);
+            __m512i code[8];
+            codes_of(code, f, block + f.affine);
+            for (int c = 0; c < BLOCK; c++) {
+                __m512i column = _mm512_and_si512(_mm512_srli_epi32(code[c / 4], (unsigned)(c % 4 * 8)), _mm512_set1_epi32(255));
+                __m512 w = _mm512_fmadd_ps(a.scale[c / 16], _mm512_cvtepi32_ps(column), a.minimum[c / 16]);
+                add_column(c % 2 ? odd : even, tokens, w, x + c, cols);
+            }
+        }
     } else {
-        /* e4m3 moved to the place of f16's fields is 256 times too small. */
-        __m512i raw = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(group + c * GROUP)));
-        __m512i magnitude = _mm512_slli_epi16(_mm512_and_si512(raw, _mm512_set1_epi16(0x7f)), 7);
-        __m512i half = _mm512_or_si512(magnitude, _mm512_slli_epi16(_mm512_and_si512(raw, _mm512_set1_epi16(0x80)), 8));
-        __m512 scale = _mm512_set1_ps(256.0f * (scales ? scales[c / 128] : 1.0f));
-        *even = _mm512_mul_ps(_mm512_cvtph_ps(_mm512_castsi512_si256(half)), scale);
-        *odd = _mm512_mul_ps(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1)), scale);
+        int64_t c = 0;
+        for (; c + 2 <= cols; c += 2) {
+            add_column(even, tokens, column_of(dtype, group, c, scales), x + c, cols);
+            add_column(odd, tokens, column_of(dtype, group, c + 1, scales), x + c + 1, cols);
+        }
+        if (c < cols) add_column(even, tokens, column_of(dtype, group, c, scales), x + c, cols);
     }
+    for (int t = 0; t < tokens; t++) _mm512_storeu_ps(out + t * GROUP, _mm512_add_ps(even[t], odd[t]));
 }
 
-INLINE void float_tile(int dtype, float *out, const unsigned char *group, const tops_rows *x, int64_t first, const int T, const float *scales) {
-    const int64_t cols = x->cols;
-    const float *rows = x->f32 + first * cols;
-    __m512 even[TILE], odd[TILE], w0, w1, w2, w3;
-    for (int t = 0; t < T; t++) even[t] = odd[t] = _mm512_setzero_ps();
-    __m512 third = _mm512_setzero_ps(), fourth = _mm512_setzero_ps();
-    int64_t c = 0;
-    if (T == 1) {   /* four sums, because one chain of additions would wait for itself */
-        for (; c + 4 <= cols; c += 4) {
-            load_pair(dtype, &w0, &w1, group, c, scales);
-            load_pair(dtype, &w2, &w3, group, c + 2, scales);
-            even[0] = _mm512_fmadd_ps(w0, _mm512_set1_ps(rows[c]), even[0]);
-            odd[0] = _mm512_fmadd_ps(w1, _mm512_set1_ps(rows[c + 1]), odd[0]);
-            third = _mm512_fmadd_ps(w2, _mm512_set1_ps(rows[c + 2]), third);
-            fourth = _mm512_fmadd_ps(w3, _mm512_set1_ps(rows[c + 3]), fourth);
-        }
-        even[0] = _mm512_add_ps(even[0], third);
-        odd[0] = _mm512_add_ps(odd[0], fourth);
+/* A tile of any number of tokens from those of 8, 4, 2 and 1, whose sums stay in registers. */
+#define TAKE(T, CALL) \
+    for (; tokens >= T; tokens -= T, first += T, out += T * GROUP) CALL;
+#define FLOATS(NAME) \
+    static void tile_f32_##NAME(float *out, const unsigned char *group, const tops_rows *x, int64_t first, int tokens, const float *scales) { \
+        TAKE(8, tile_f32(TOPS_##NAME, 8, out, group, x->f32 + first * x->cols, x->cols, scales)) \
+        TAKE(4, tile_f32(TOPS_##NAME, 4, out, group, x->f32 + first * x->cols, x->cols, scales)) \
+        TAKE(2, tile_f32(TOPS_##NAME, 2, out, group, x->f32 + first * x->cols, x->cols, scales)) \
+        TAKE(1, tile_f32(TOPS_##NAME, 1, out, group, x->f32 + first * x->cols, x->cols, scales)) \
     }
-    for (; c + 2 <= cols; c += 2) {
-        load_pair(dtype, &w0, &w1, group, c, scales);
-        for (int t = 0; t < T; t++) {
-            even[t] = _mm512_fmadd_ps(w0, _mm512_set1_ps(rows[t * cols + c]), even[t]);
-            odd[t] = _mm512_fmadd_ps(w1, _mm512_set1_ps(rows[t * cols + c + 1]), odd[t]);
-        }
-    }
-    if (c < cols) {   /* an odd last column stands alone; only bf16 has a place for its neighbour */
-        unsigned char pair[GROUP * 8] = {0};
-        int64_t size = dtype == TOPS_BF16 ? 4 : dtype == TOPS_F32 ? 4 : dtype == TOPS_F16 ? 2 : 1;
-        memcpy(pair, group + c * GROUP * (dtype == TOPS_BF16 ? 2 : size), (size_t)(GROUP * size));
-        load_pair(dtype, &w0, &w1, pair, 0, scales ? scales + c / 128 : NULL);
-        for (int t = 0; t < T; t++) even[t] = _mm512_fmadd_ps(w0, _mm512_set1_ps(rows[t * cols + c]), even[t]);
-    }
-    for (int t = 0; t < T; t++) _mm512_storeu_ps(out + t * GROUP, _mm512_add_ps(even[t], odd[t]));
-}
-
-/* tokens is cut into powers of two, so that sums stay in registers. */
-#define BY_TOKENS(CALL) \
-    for (int done = 0; done < tokens;) { \
-        int left = tokens - done, T = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1; \
-        float *to = out + done * GROUP; \
-        int64_t from = first + done; \
-        switch (T) { \
-        case 8: CALL(8); break; \
-        case 4: CALL(4); break; \
-        case 2: CALL(2); break; \
-        default: CALL(1); \
-        } \
-        done += T; \
-    }
-
-#define Q8(NAME) \
-    static void q8_##NAME(float *out, const unsigned char *group, const tops_rows *x, int64_t first, int tokens, const float *scales) { \
+#define CODES(NAME) \
+    FLOATS(NAME) \
+    static void tile_q8_##NAME(float *out, const unsigned char *group, const tops_rows *x, int64_t first, int tokens, const float *scales) { \
+        int64_t blocks = x->cols / BLOCK; \
         (void)scales; \
-        BY_TOKENS(CALL_##NAME) \
+        TAKE(8, tile_q8(TOPS_##NAME, 8, out, group, x->q8 + first * blocks, blocks)) \
+        TAKE(4, tile_q8(TOPS_##NAME, 4, out, group, x->q8 + first * blocks, blocks)) \
+        TAKE(2, tile_q8(TOPS_##NAME, 2, out, group, x->q8 + first * blocks, blocks)) \
+        TAKE(1, tile_q8(TOPS_##NAME, 1, out, group, x->q8 + first * blocks, blocks)) \
     }
-#define CALL_Q4_0(T) q8_tile(TOPS_Q4_0, to, group, x, from, T)
-#define CALL_Q4_1(T) q8_tile(TOPS_Q4_1, to, group, x, from, T)
-#define CALL_Q5_0(T) q8_tile(TOPS_Q5_0, to, group, x, from, T)
-#define CALL_Q5_1(T) q8_tile(TOPS_Q5_1, to, group, x, from, T)
-#define CALL_Q8_0(T) q8_tile(TOPS_Q8_0, to, group, x, from, T)
-#define CALL_Q4_K(T) q8_tile(TOPS_Q4_K, to, group, x, from, T)
-#define CALL_Q5_K(T) q8_tile(TOPS_Q5_K, to, group, x, from, T)
-#define CALL_Q6_K(T) q8_tile(TOPS_Q6_K, to, group, x, from, T)
-Q8(Q4_0) Q8(Q4_1) Q8(Q5_0) Q8(Q5_1) Q8(Q8_0) Q8(Q4_K) Q8(Q5_K) Q8(Q6_K)
-
-#define FLOAT(NAME) \
-    static void float_##NAME(float *out, const unsigned char *group, const tops_rows *x, int64_t first, int tokens, const float *scales) { \
-        BY_TOKENS(CALL_##NAME) \
-    }
-#define CALL_F32(T) float_tile(TOPS_F32, to, group, x, from, T, scales)
-#define CALL_F16(T) float_tile(TOPS_F16, to, group, x, from, T, scales)
-#define CALL_BF16(T) float_tile(TOPS_BF16, to, group, x, from, T, scales)
-#define CALL_FP8_E4M3(T) float_tile(TOPS_FP8_E4M3, to, group, x, from, T, scales)
-FLOAT(F32) FLOAT(F16) FLOAT(BF16) FLOAT(FP8_E4M3)
+FLOATS(F32) FLOATS(F16) FLOATS(BF16) FLOATS(FP8_E4M3)
+CODES(Q4_0) CODES(Q4_1) CODES(Q5_0) CODES(Q5_1) CODES(Q8_0) CODES(Q4_K) CODES(Q5_K) CODES(Q6_K)
 
 void tops_tiles_avx512(tops_kernels *table) {
-#define PUT_Q8(NAME) table->tile_q8[TOPS_##NAME] = q8_##NAME;
-#define PUT_FLOAT(NAME) table->tile_f32[dtype_slot(TOPS_##NAME)] = float_##NAME;
-    PUT_Q8(Q4_0) PUT_Q8(Q4_1) PUT_Q8(Q5_0) PUT_Q8(Q5_1) PUT_Q8(Q8_0) PUT_Q8(Q4_K) PUT_Q8(Q5_K) PUT_Q8(Q6_K)
-    PUT_FLOAT(F32) PUT_FLOAT(F16) PUT_FLOAT(BF16) PUT_FLOAT(FP8_E4M3)
+#define PUT_FLOATS(NAME) table->tile_f32[dtype_slot(TOPS_##NAME)] = tile_f32_##NAME;
+#define PUT_CODES(NAME) PUT_FLOATS(NAME) table->tile_q8[TOPS_##NAME] = tile_q8_##NAME;
+    PUT_FLOATS(F32) PUT_FLOATS(F16) PUT_FLOATS(BF16) PUT_FLOATS(FP8_E4M3)
+    PUT_CODES(Q4_0) PUT_CODES(Q4_1) PUT_CODES(Q5_0) PUT_CODES(Q5_1) PUT_CODES(Q8_0) PUT_CODES(Q4_K) PUT_CODES(Q5_K) PUT_CODES(Q6_K)
 }
