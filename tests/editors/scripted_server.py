@@ -1,0 +1,36 @@
+"""An LSP server that suggests what a test tells it to: SUGGESTION after an optional delay, and logs the methods it sees to LOG."""
+
+import json
+import sys
+import time
+
+suggestion, delay, log = sys.argv[1].encode().decode("unicode_escape"), float(sys.argv[2]), open(sys.argv[3], "a", buffering=1)
+
+
+def read():
+    length = 0
+    while line := sys.stdin.buffer.readline().strip():
+        name, _, value = line.partition(b":")
+        length = int(value) if name.lower() == b"content-length" else length
+    return json.loads(sys.stdin.buffer.read(length)) if length else None
+
+
+def send(message):
+    body = json.dumps({"jsonrpc": "2.0", **message}).encode()
+    sys.stdout.buffer.write(b"Content-Length: %d\r\n\r\n" % len(body) + body)
+    sys.stdout.buffer.flush()
+
+
+while message := read():
+    method = message.get("method")
+    log.write(f"{method}\n")
+    if method == "initialize":
+        send({"id": message["id"], "result": {"capabilities": {"textDocumentSync": 2, "inlineCompletionProvider": {}, "positionEncoding": "utf-8"}}})
+    elif method == "textDocument/inlineCompletion":
+        time.sleep(delay)
+        here = message["params"]["position"]
+        send({"id": message["id"], "result": {"items": [{"insertText": suggestion, "range": {"start": here, "end": here}}]}})
+    elif method == "exit":
+        break
+    elif "id" in message and method:
+        send({"id": message["id"], "result": None})
