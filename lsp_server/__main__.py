@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from inference_pio.lsp_server.server import Server
 
+    sys.setswitchinterval(5e-4)   # 5 ms, Python's default, is what a decoding engine would make each hop between threads cost
     server = Server(settings, __version__, reuse=not arguments.no_reuse)
     if arguments.port is None:
         server.serve_stdio()

@@ -23,6 +23,8 @@ from inference_pio.lsp_server.bench.pio import PioTarget, command
 from inference_pio.lsp_server.bench.replay import Recording, Target, replay
 from inference_pio.lsp_server.bench.trace import Trace, TraceError, bundled, load
 
+OTHERS_PATIENCE = 5   # what is compared may be slower: it should get through the same events
+
 
 def main(argv: Sequence[str]) -> int:
     options, server_options = _arguments().parse_known_args(argv)
@@ -50,7 +52,8 @@ def _arguments() -> argparse.ArgumentParser:
                                      "they cost.", epilog="Other options are the server's own: --model, --device, --threads, --prompt-tokens and so on.")
     parser.add_argument("--trace", type=Path, action="append", default=[], metavar="FILE",
                         help="replay this trace instead of those that come along; may be repeated")
-    parser.add_argument("--seconds", type=float, default=40.0, help="play for at most this long on each server (default 40)")
+    parser.add_argument("--seconds", type=float, default=40.0,
+                        help=f"play for at most this long (default 40), {OTHERS_PATIENCE} times that on a server that is compared")
     parser.add_argument("--no-reuse", action="store_true", help="play again on a server that computes every prompt anew, and show both")
     parser.add_argument("--against", metavar="URL", help="play again on this llama-server, and show both")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number to FILE")
@@ -60,16 +63,17 @@ def _arguments() -> argparse.ArgumentParser:
 
 async def _measure(options: argparse.Namespace, server_options: list[str], traces: list[Trace], console: Console) -> dict[str, Any]:
     """Runs what was asked for, one server after another, and puts the results into one document."""
-    started = datetime.now(timezone.utc)
+    started, machine = datetime.now(timezone.utc), report.machine(report.busy_cores())
     ours, model, read = await _pio("pio-lsp", server_options, options.seconds, traces, console)
     runs = [ours]
     if options.no_reuse:
-        runs += (await _pio("pio-lsp without reuse", [*server_options, "--no-reuse"], options.seconds, traces, console))[:1]
+        runs += (await _pio("pio-lsp without reuse", [*server_options, "--no-reuse"], OTHERS_PATIENCE * options.seconds, traces,
+                            console))[:1]
     if options.against:
         runs.append(await _llama_server(options, traces, ours, console))
     return {
         "schema": report.SCHEMA, "tool": "pio-lsp --bench", "version": __version__, "started": started.isoformat(timespec="seconds"),
-        "machine": report.machine(), "model": model, "traces": [{"name": t.name, "about": t.about} for t in traces],
+        "machine": machine, "model": model, "traces": [{"name": t.name, "about": t.about} for t in traces],
         "roof": report.roof(model, ours, read), "runs": runs,
         "ratios": {other["name"]: report.ratios(ours, other) for other in runs[1:]},
     }
@@ -98,7 +102,7 @@ async def _llama_server(options: argparse.Namespace, traces: list[Trace], ours: 
     longest = max((sample["generated_tokens"] for sample in ours["samples"]), default=0)
     target = InfillTarget(options.against, most_tokens=max(16, longest))
     await target.ready()
-    recording = await _replay("llama-server", traces, target, options.seconds, console)
+    recording = await _replay("llama-server", traces, target, OTHERS_PATIENCE * options.seconds, console)
     about = {"options": {"url": options.against, "model": target.model, "infill": target.fim, "n_predict": target.most_tokens}}
     return report.run("llama-server", about, recording)
 

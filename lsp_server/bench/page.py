@@ -7,7 +7,8 @@ from importlib import resources
 from typing import Any
 
 from inference_pio.lsp_server.bench import chart
-from inference_pio.lsp_server.bench.table import PERCENTILES, facts, ms, warm_against_cold
+from inference_pio.lsp_server.bench.chart import number
+from inference_pio.lsp_server.bench.table import PERCENTILES, facts, warm_against_cold
 from inference_pio.lsp_server.bench.trace import COLD, THROUGH
 
 
@@ -23,7 +24,7 @@ def render(document: dict[str, Any]) -> str:
         _tokens(document["runs"][0]),
         *(_table(run) for run in document["runs"]),
         _ratios(document),
-        "<h2>In words</h2><dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts(document)) + "</dl>",
+        "<h2>In words</h2><dl>" + "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts(document)) + "</dl>",
         f"<footer>{escape(document['tool'])} {escape(document['version'])} · {escape(document['started'])} · "
         f"traces: {escape(', '.join(t['name'] for t in document['traces']))}</footer>",
     ]
@@ -41,14 +42,15 @@ def _about(document: dict[str, Any]) -> str:
 def _tiles(document: dict[str, Any]) -> str:
     run, roof, tiles = document["runs"][0], document["roof"], []
     if warm := warm_against_cold(run):
-        tiles += [("a key on the same line", f"{ms(warm[1])} ms", "to the first token, p50"),
-                  ("a cold prompt", f"{ms(warm[0])} ms", f"to the first token, p50: {warm[0] / warm[1]:.0f} times a key")]
+        tiles += [("a key on the same line", f"{number(warm[1])} ms", "to the first token, p50"),
+                  ("a cold prompt", f"{number(warm[0])} ms", f"to the first token, p50: {warm[0] / warm[1]:.0f} times a key")]
     if speed := run["decode_tokens_per_second"]:
-        tiles.append(("decode", f"{speed:.0f} tokens/s", f"{roof['decode_gb_per_second']:.1f} of {roof['read_gb_per_second']:.1f} GB/s read"))
+        tiles.append(("decode", f"{speed:.0f} tok/s", f"{roof['decode_gb_per_second']:.1f} GB/s of {roof['read_gb_per_second']:.1f} measured"))
     if idle := run["cancel_to_idle_ms"]:
-        tiles.append(("cancel to idle", f"{ms(idle['p50'])} ms", f"p50; p99 {ms(idle['p99'])} ms"))
+        tiles.append(("cancel to idle", f"{number(idle['p50'])} ms", f"p50; p99 {number(idle['p99'])} ms"))
     return '<div class="tiles">' + "".join(
-        f"<div><span>{escape(name)}</span><strong>{escape(value)}</strong><span>{escape(note)}</span></div>" for name, value, note in tiles) + "</div>"
+        f"<div><span>{escape(name)}</span><strong>{escape(value)}</strong><span>{escape(note)}</span></div>"
+        for name, value, note in tiles) + "</div>"
 
 
 def _latency(document: dict[str, Any]) -> str:
@@ -61,8 +63,8 @@ def _latency(document: dict[str, Any]) -> str:
     if not rows:
         return ""
     legend = _legend([(f"run{i}", run["name"]) for i, run in enumerate(runs)]) if len(runs) > 1 else ""
-    return _figure("Keystroke to first token", "By kind of edit, milliseconds on a log scale: the dot is p50 (its value stands at the end), the tick p90, "
-                   "the line ends at p99.", legend + chart.ranges(rows, "milliseconds to the first token by kind of edit"))
+    return _figure("Keystroke to first token", "By kind of edit, milliseconds on a log scale: the dot is p50 (its value stands at the end), "
+                   "the tick p90, the line ends at p99.", legend + chart.ranges(rows, "milliseconds to the first token by kind of edit"))
 
 
 def _timeline(run: dict[str, Any]) -> str:
@@ -70,7 +72,8 @@ def _timeline(run: dict[str, Any]) -> str:
     for sample in run["samples"]:
         if (first := sample["first_token_ms"]) is not None:
             group = 0 if sample["kind"] == COLD else 2 if sample["source"] == THROUGH else 1
-            dots.append((sample["at_s"], first, group, f"{sample['kind']} in {sample['document']}: {ms(first)} ms, {sample['computed_tokens']} tokens computed"))
+            title = f"{sample['kind']} in {sample['document']}: {number(first)} ms, {sample['computed_tokens']} tokens computed"
+            dots.append((sample["at_s"], first, group, title))
     if not dots:
         return ""
     legend = _legend([("kind0", "cold prompt"), ("kind1", "everything else"), ("kind2", "from memory, no model asked")])
@@ -79,7 +82,8 @@ def _timeline(run: dict[str, Any]) -> str:
 
 
 def _tokens(run: dict[str, Any]) -> str:
-    rows = [(kind, row["reused_tokens"]["p50"], row["computed_tokens"]["p50"]) for kind, row in run["kinds"].items() if row["reused_tokens"]]
+    rows = [(kind, row["reused_tokens"]["p50"], row["computed_tokens"]["p50"])
+            for kind, row in run["kinds"].items() if row["reused_tokens"]]
     if not rows:
         return ""
     legend = _legend([("reused", "reused"), ("computed", "computed")])
@@ -88,21 +92,26 @@ def _tokens(run: dict[str, Any]) -> str:
 
 
 def _table(run: dict[str, Any]) -> str:
-    head = "".join(f'<th scope="col">{c}</th>' for c in ("kind of edit", "asked", "shown", *PERCENTILES, *PERCENTILES, "reused", "computed"))
+    columns = ("kind of edit", "asked", "shown", *PERCENTILES, *PERCENTILES, "reused", "computed")
+    head = "".join(f'<th scope="col">{column}</th>' for column in columns)
     rows = []
     for kind, row in run["kinds"].items():
         cells = [str(row["requests"]), str(row["shown"])]
         for key in ("first_token_ms", "answer_ms"):
-            cells += [ms(row[key][p]) if row[key] else "–" for p in PERCENTILES]
+            cells += [number(row[key][p]) if row[key] else "–" for p in PERCENTILES]
         cells += [f"{row[key]['p50']:,}" if row[key] else "–" for key in ("reused_tokens", "computed_tokens")]
         rows.append(f'<tr><th scope="row">{escape(kind)}</th>{"".join(f"<td>{c}</td>" for c in cells)}</tr>')
-    group = '<tr class="group"><th colspan="3"></th><th colspan="3">first token, ms</th><th colspan="3">suggestion, ms</th><th colspan="2">tokens, p50</th></tr>'
-    return f'<h2>{escape(run["name"])}</h2><div class="scroll"><table>{group}<tr>{head}</tr>{"".join(rows)}</table></div>'
+    groups = ((3, ""), (3, "first token, ms"), (3, "suggestion, ms"), (2, "tokens, p50"))
+    group = "".join(f'<th colspan="{span}">{name}</th>' for span, name in groups)
+    return (f'<h2>{escape(run["name"])}</h2><div class="scroll"><table><tr class="group">{group}</tr><tr>{head}</tr>'
+            f'{"".join(rows)}</table></div>')
 
 
 def _ratios(document: dict[str, Any]) -> str:
     parts = []
     for name, kinds in document["ratios"].items():
+        if not kinds:
+            continue
         rows = "".join(f'<tr><th scope="row">{escape(kind)}</th>' + "".join(f"<td>{ratio[p]:.1f}</td>" for p in PERCENTILES) + "</tr>"
                        for kind, ratio in kinds.items())
         parts.append(f'<h2>Times longer to the first token: {escape(name)}</h2><div class="scroll"><table>'

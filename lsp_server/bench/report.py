@@ -6,6 +6,7 @@ import math
 import os
 import platform
 from statistics import median
+from time import sleep
 from typing import Any
 
 from inference_pio.lsp_server.bench.replay import Answer, Recording, Sample
@@ -38,7 +39,7 @@ def run(name: str, about: dict[str, Any], recording: Recording) -> dict[str, Any
         "seconds": recording.seconds, "requests": recording.requests, "measured": len(answers),
         "skipped": recording.skipped, "events_left": recording.events_left,
         "kinds": kinds,
-        "from_memory_ms": spread([a.server_ms for s in recording.samples if (a := s.answer).source == THROUGH and a.server_ms is not None]),
+        "from_memory_ms": spread([a.server_ms for a in answers if a.source == THROUGH and a.server_ms is not None]),
         "decode_tokens_per_second": median(map(tokens_per_second, decoded)) if decoded else None,
         "decode_context": median(a.prompt_tokens + a.generated_tokens / 2 for a in decoded) if decoded else None,
         "cancel_to_idle_ms": spread(recording.idle_ms),
@@ -59,7 +60,8 @@ def of_kind(samples: list[Sample]) -> dict[str, Any]:
         "requests": len(answers), "shown": sum(bool(a.text) for a in answers), "reached_model": len(asked),
         "first_token_ms": spread([a.first_token_ms for a in answers if a.first_token_ms is not None]),
         "answer_ms": spread([a.answer_ms for a in answers]),
-        "reused_tokens": spread([a.reused_tokens for a in asked]), "computed_tokens": spread([a.computed_tokens for a in asked]),
+        "reused_tokens": spread([a.reused_tokens for a in asked]),
+        "computed_tokens": spread([a.computed_tokens for a in asked]),
     }
 
 
@@ -90,9 +92,26 @@ def roof(model: dict[str, Any], run: dict[str, Any], read_bytes_per_second: floa
     return {"read_gb_per_second": read, "decode_gb_per_second": decode, "share": None if decode is None else decode / read}
 
 
-def machine() -> dict[str, Any]:
-    return {"system": f"{platform.system()} {platform.machine()}", "python": platform.python_version(),
-            "processor": _processor(), "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()}
+def machine(busy: float | None) -> dict[str, Any]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"system": f"{platform.system()} {platform.machine()}", "python": platform.python_version(), "processor": _processor(),
+            "cores": cores, "busy": busy}
+
+
+def busy_cores(seconds: float = 0.4) -> float | None:
+    """How many cores the rest of the machine uses now; None where the system does not tell. Blocks for `seconds`."""
+    def used() -> tuple[int, int]:
+        with open("/proc/stat", encoding="ascii") as lines:
+            ticks = [int(field) for field in lines.readline().split()[1:9]]   # user nice system idle iowait irq softirq steal
+        return sum(ticks) - ticks[3] - ticks[4], sum(ticks)
+
+    try:
+        before = used()
+        sleep(seconds)
+        after = used()
+    except (OSError, ValueError):
+        return None
+    return (after[0] - before[0]) / max(1, after[1] - before[1]) * (os.cpu_count() or 1)
 
 
 def _processor() -> str:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from statistics import median
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
+from inference_pio.lsp_server.bench.chart import number
+from inference_pio.lsp_server.bench.trace import COLD, SAME_LINE
+
 PERCENTILES = ("p50", "p90", "p99")
+BUSY = 0.2   # cores used by others from which a reader should know
 
 
 def show(document: dict[str, Any], console: Console) -> None:
@@ -30,28 +35,41 @@ def facts(document: dict[str, Any]) -> list[tuple[str, str]]:
     lines = []
     if (warm := warm_against_cold(run)) is not None:
         cold_ms, warm_ms = warm
-        lines.append(("a keystroke", f"{ms(warm_ms)} ms to the first token, a cold prompt {ms(cold_ms)} ms: {warm_ms / cold_ms:.2f} of it (p50)"))
+        lines.append(("a keystroke", f"{number(warm_ms)} ms to the first token; a cold prompt takes {number(cold_ms)} ms, "
+                                     f"{cold_ms / warm_ms:.0f} times as long (p50)"))
     if run["prompt_tokens"]:
-        lines.append(("prompt tokens", f"{run['prompt_tokens']:,} asked for: {run['reused_tokens']:,} reused, {run['computed_tokens']:,} computed"))
+        lines.append(("prompt tokens", f"{run['prompt_tokens']:,} in the measured requests: {run['reused_tokens']:,} reused, "
+                                       f"{run['computed_tokens']:,} computed"))
     if speed := run["decode_tokens_per_second"]:
         lines.append(("decode", f"{speed:.0f} tokens/s = {roof['decode_gb_per_second']:.1f} GB/s, "
                                 f"{100 * roof['share']:.0f} % of the {roof['read_gb_per_second']:.1f} GB/s measured on this device"))
     if memory := run["from_memory_ms"]:
-        lines.append(("type-through", f"p50 {ms(memory['p50'])} ms, p99 {ms(memory['p99'])} ms inside the server; no model is asked"))
+        lines.append(("type-through", f"p50 {number(memory['p50'])} ms, p99 {number(memory['p99'])} ms inside the server; no model is asked"))
     if idle := run["cancel_to_idle_ms"]:
-        lines.append(("cancel to idle", f"p50 {ms(idle['p50'])} ms, p99 {ms(idle['p99'])} ms until the engine rests"))
+        lines.append(("cancel to idle", f"p50 {number(idle['p50'])} ms, p99 {number(idle['p99'])} ms until the engine rests"))
     start, trip = run["startup"], run["round_trip_ms"]
-    lines.append(("round trip", f"p50 {ms(trip['p50'])} ms, p99 {ms(trip['p99'])} ms from editor to editor for a request without a model"))
+    lines.append(("round trip", f"p50 {number(trip['p50'])} ms, p99 {number(trip['p99'])} ms for a request that asks no model"))
     lines.append(("start", f"initialize answered after {start['initialize_ms'] / 1e3:.2f} s, model ready after {start['ready_ms'] / 1e3:.1f} s"))
+    for other in document["runs"][1:]:
+        lines.append((other["name"], f"{other['measured']} requests measured in {other['seconds']:.0f} s; a cold prompt is "
+                                     f"{_cold_tokens(other)} tokens there and {_cold_tokens(run)} here (p50)"))
     played = f"{run['measured']} of {run['requests']} requests measured in {run['seconds']:.0f} s; the others were typed over or cancelled"
     if run["events_left"]:
         played += f"; the time was up with {run['events_left']} events left"
-    return [*lines, ("played", played)]
+    lines.append(("played", played))
+    if (busy := document["machine"]["busy"]) is not None and busy > BUSY:
+        lines.append(("busy", f"other programs used {busy:.1f} cores when the run began: these times are not this machine's best"))
+    return lines
+
+
+def _cold_tokens(run: dict[str, Any]) -> str:
+    tokens = [sample["prompt_tokens"] for sample in run["samples"] if sample["kind"] == COLD]
+    return f"{median(tokens):,.0f}" if tokens else "no"
 
 
 def warm_against_cold(run: dict[str, Any]) -> tuple[float, float] | None:
     """Median milliseconds to the first token: a cold prompt's, and a key's on a line that was asked for before."""
-    spreads = [run["kinds"].get(kind, {}).get("first_token_ms") for kind in ("cold", "same line")]
+    spreads = [run["kinds"].get(kind, {}).get("first_token_ms") for kind in (COLD, SAME_LINE)]
     return (spreads[0]["p50"], spreads[1]["p50"]) if all(spreads) else None
 
 
@@ -74,7 +92,8 @@ def _beside(ours: dict[str, Any], other: dict[str, Any], ratios: dict[str, dict[
     lines = [_head("", "its first token, ms", "ours, ms", "times longer"), _names(f"beside {other['name']}", "p50", "p90")]
     for kind, ratio in ratios.items():
         theirs, mine = other["kinds"][kind], ours["kinds"][kind]
-        lines.append(_row(kind, theirs["requests"], theirs["first_token_ms"], mine["first_token_ms"], *(f"{ratio[p]:.1f}" for p in ("p50", "p90"))))
+        longer = (f"{ratio[p]:.1f}" for p in ("p50", "p90"))
+        lines.append(_row(kind, theirs["requests"], theirs["first_token_ms"], mine["first_token_ms"], *longer))
     return lines
 
 
@@ -98,9 +117,4 @@ def _row(name: str, count: int, first: dict[str, float] | None, second: dict[str
 
 
 def _spread(spread: dict[str, float] | None) -> list[str]:
-    return [ms(spread[p]) for p in PERCENTILES] if spread else ["–"] * 3
-
-
-def ms(value: float) -> str:
-    """Three digits are what a clock like this is good for."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
+    return [number(spread[p]).replace(",", "") for p in PERCENTILES] if spread else ["–"] * 3
