@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from inference_pio import __version__
 from inference_pio.lsp_server.bench import page, report, table
 from inference_pio.lsp_server.bench.client import LspClient, ServerError
 from inference_pio.lsp_server.bench.infill import InfillTarget
+from inference_pio.lsp_server.bench.load import OtherLoad
 from inference_pio.lsp_server.bench.pio import PioTarget, command
 from inference_pio.lsp_server.bench.replay import Recording, Target, replay
 from inference_pio.lsp_server.bench.trace import Trace, TraceError, bundled, load
@@ -63,7 +65,7 @@ def _arguments() -> argparse.ArgumentParser:
 
 async def _measure(options: argparse.Namespace, server_options: list[str], traces: list[Trace], console: Console) -> dict[str, Any]:
     """Runs what was asked for, one server after another, and puts the results into one document."""
-    started, machine = datetime.now(timezone.utc), report.machine(report.busy_cores())
+    started, machine = datetime.now(timezone.utc), report.machine()
     ours, model, read = await _pio("pio-lsp", server_options, options.seconds, traces, console)
     runs = [ours]
     if options.no_reuse:
@@ -90,11 +92,13 @@ async def _pio(name: str, server_options: list[str], seconds: float, traces: lis
             with console.status(" starting the server", spinner="dots") as line:
                 await target.ready(lambda progress: line.update(f" {_loading(progress)}"))
             before = await target.read_bandwidth()
+            load = OtherLoad(os.getpid(), client.process.pid)
             recording = await _replay(name, traces, target, seconds, console)
+            others = load.cores()
             round_trip = await target.round_trip_ms()
             read = max(before, await target.read_bandwidth())
             about = {"options": server_options, "startup": {"initialize_ms": target.initialize_ms, "ready_ms": target.ready_ms},
-                     "round_trip_ms": report.spread(round_trip)}
+                     "round_trip_ms": report.spread(round_trip), "others_cores": others}
             return report.run(name, about, recording), target.model, read
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Protocol
@@ -157,15 +157,15 @@ class Replay:
         self._reverts[document].clear()
 
 
-async def replay(traces: list[Trace], target: Target, seconds: float, progress: Callable[[Trace, Recording], None],
-                 warm_up: Callable[[], Awaitable[None]] | None = None) -> Recording:
-    """All traces, one after another. Each may take its share of `seconds`; what one leaves over, the next ones have."""
-    if warm_up:
-        await warm_up()
+async def replay(traces: list[Trace], target: Target, seconds: float,
+                 progress: Callable[[Trace, Recording], None]) -> Recording:
+    """All traces, one after another. Each may take its share of `seconds`, by its events; what one leaves over, the next ones have."""
     recording, began = Recording(), perf_counter()
-    for index, trace in enumerate(traces):
+    to_play = sum(len(trace.events) for trace in traces)
+    for trace in traces:
         now = perf_counter()
-        share = (began + seconds - now) / (len(traces) - index)
+        share = (began + seconds - now) * len(trace.events) / to_play
+        to_play -= len(trace.events)
         await Replay(trace, target, recording, began).run(now + share, lambda: progress(trace, recording))
     recording.seconds = perf_counter() - began
     return recording

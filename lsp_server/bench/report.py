@@ -6,7 +6,6 @@ import math
 import os
 import platform
 from statistics import median
-from time import sleep
 from typing import Any
 
 from inference_pio.lsp_server.bench.replay import Answer, Recording, Sample
@@ -92,26 +91,10 @@ def roof(model: dict[str, Any], run: dict[str, Any], read_bytes_per_second: floa
     return {"read_gb_per_second": read, "decode_gb_per_second": decode, "share": None if decode is None else decode / read}
 
 
-def machine(busy: float | None) -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"system": f"{platform.system()} {platform.machine()}", "python": platform.python_version(), "processor": _processor(),
-            "cores": cores, "busy": busy}
-
-
-def busy_cores(seconds: float = 0.4) -> float | None:
-    """How many cores the rest of the machine uses now; None where the system does not tell. Blocks for `seconds`."""
-    def used() -> tuple[int, int]:
-        with open("/proc/stat", encoding="ascii") as lines:
-            ticks = [int(field) for field in lines.readline().split()[1:9]]   # user nice system idle iowait irq softirq steal
-        return sum(ticks) - ticks[3] - ticks[4], sum(ticks)
-
-    try:
-        before = used()
-        sleep(seconds)
-        after = used()
-    except (OSError, ValueError):
-        return None
-    return (after[0] - before[0]) / max(1, after[1] - before[1]) * (os.cpu_count() or 1)
+            "cores": cores}
 
 
 def _processor() -> str:

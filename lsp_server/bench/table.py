@@ -57,8 +57,8 @@ def facts(document: dict[str, Any]) -> list[tuple[str, str]]:
     if run["events_left"]:
         played += f"; the time was up with {run['events_left']} events left"
     lines.append(("played", played))
-    if (busy := document["machine"]["busy"]) is not None and busy > BUSY:
-        lines.append(("busy", f"other programs used {busy:.1f} cores when the run began: these times are not this machine's best"))
+    if (busy := run["others_cores"]) is not None and busy > BUSY:
+        lines.append(("busy machine", f"other programs used {busy:.1f} cores meanwhile: these times are not this machine's best"))
     return lines
 
 
