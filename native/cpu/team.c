@@ -1,7 +1,8 @@
 /* A team of threads that spins between ops of a step and sleeps when no step comes.
  *
- * Items are claimed one at a time, so a thread that the system delays costs only
- * the items it holds, and a sleeping one costs nothing: the others take its share.
+ * Each thread has a share of neighbouring items, so that it reads one stream of memory, and the same one in every step. It takes
+ * them from the front; a thread whose share is empty takes items from the back of others'. So a thread that the system delays
+ * costs only the item it holds, and a sleeping one costs nothing.
  */
 #define _GNU_SOURCE
 #include <pthread.h>
@@ -9,6 +10,7 @@
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <unistd.h>
 
 #include "internal.h"
@@ -21,77 +23,103 @@
 
 enum { SPIN = 20000 };   /* about 0.2 ms on a core of 4 GHz: longer than anything between two ops of a step */
 
-/* Generation, number of items and next item in one word: a claim by compare-and-swap can only succeed in the run it was read from. */
-#define ITEM_BITS 20
-#define ITEM_MASK ((uint64_t)(1 << ITEM_BITS) - 1)
-static inline uint64_t generation_of(uint64_t ticket) { return ticket >> 2 * ITEM_BITS; }
-static inline int64_t items_of(uint64_t ticket) { return (int64_t)(ticket >> ITEM_BITS & ITEM_MASK); }
+/* What is left of a share, in one word: the run it belongs to, its first item and the one behind its last. A claim by compare-and-swap
+ * can only succeed in the run it was read from, and while a claimed item is open its run is, too: task and context stay. */
+typedef uint64_t span;
+enum { MOST_ITEMS = 0xffff };
+static inline span span_of(uint32_t run, int64_t first, int64_t until) { return (span)run << 32 | (span)first << 16 | (span)until; }
+static inline uint32_t run_of(span s) { return (uint32_t)(s >> 32); }
+static inline int64_t first_of(span s) { return (int64_t)(s >> 16 & 0xffff); }
+static inline int64_t until_of(span s) { return (int64_t)(s & 0xffff); }
+
+typedef struct {
+    _Alignas(64) _Atomic span left;
+    tops_team *team;
+    pthread_t thread;
+} share;
 
 struct tops_team {
-    _Alignas(64) _Atomic uint64_t ticket;
-    _Alignas(64) _Atomic int64_t done;
+    _Alignas(64) _Atomic int64_t done;      /* items of this run */
     tops_task task;
     void *context;
+    int64_t base;                           /* of item 0 */
+    uint32_t run;
     _Alignas(64) _Atomic int sleeping;
     _Atomic bool quit;
     pthread_mutex_t mutex;
     pthread_cond_t wake;
-    int threads;                            /* with the caller */
-    pthread_t workers[];
+    int threads;                            /* with the caller, whose share is the first */
+    share shares[];
 };
 
-static void work(tops_team *team, uint64_t ticket) {
-    while ((int64_t)(ticket & ITEM_MASK) < items_of(ticket)) {
-        if (!atomic_compare_exchange_weak(&team->ticket, &ticket, ticket + 1)) continue;
-        team->task(team->context, (int64_t)(ticket & ITEM_MASK));
-        atomic_fetch_add(&team->done, 1);
-        ticket = atomic_load(&team->ticket);
+static void work(tops_team *team, int me, uint32_t run) {
+    int64_t finished = 0;
+    for (int i = 0; i < team->threads; i++) {
+        _Atomic span *left = &team->shares[(me + i) % team->threads].left;
+        span seen = atomic_load(left);
+        while (run_of(seen) == run && first_of(seen) < until_of(seen)) {
+            int64_t item = i == 0 ? first_of(seen) : until_of(seen) - 1;
+            span rest = i == 0 ? span_of(run, item + 1, until_of(seen)) : span_of(run, first_of(seen), item);
+            if (!atomic_compare_exchange_weak(left, &seen, rest)) continue;
+            team->task(team->context, team->base + item);
+            finished++;
+            seen = atomic_load(left);
+        }
     }
+    if (finished) atomic_fetch_add(&team->done, finished);
 }
 
 static void *worker(void *argument) {
-    tops_team *team = argument;
-    uint64_t seen = 0;
+    share *own = argument;
+    tops_team *team = own->team;
+    uint32_t run = 0;
     for (;;) {
-        uint64_t ticket = atomic_load(&team->ticket);
-        for (int spin = 0; spin < SPIN && generation_of(ticket) == seen; spin++) {
+        span seen = atomic_load(&own->left);
+        for (int spin = 0; spin < SPIN && run_of(seen) == run; spin++) {
             RELAX();
-            ticket = atomic_load_explicit(&team->ticket, memory_order_acquire);
+            seen = atomic_load_explicit(&own->left, memory_order_acquire);
         }
-        if (generation_of(ticket) == seen) {
+        if (run_of(seen) == run) {
             pthread_mutex_lock(&team->mutex);
             atomic_fetch_add(&team->sleeping, 1);
-            while (generation_of(ticket = atomic_load(&team->ticket)) == seen) pthread_cond_wait(&team->wake, &team->mutex);
+            while (run_of(seen = atomic_load(&own->left)) == run) pthread_cond_wait(&team->wake, &team->mutex);
             atomic_fetch_sub(&team->sleeping, 1);
             pthread_mutex_unlock(&team->mutex);
         }
         if (atomic_load(&team->quit)) return NULL;
-        seen = generation_of(ticket);
-        work(team, ticket);
+        run = run_of(seen);
+        work(team, (int)(own - team->shares), run);
     }
 }
 
-void tops_team_run(tops_team *team, int64_t items, tops_task task, void *context) {
-    if (team->threads == 1 || items <= 1 || items > (int64_t)ITEM_MASK) {
-        for (int64_t item = 0; item < items; item++) task(context, item);
-        return;
-    }
-    /* No item of the last run is open, so nobody reads task and context but through the ticket that is stored next. */
-    team->task = task;
-    team->context = context;
-    atomic_store(&team->done, 0);
-    uint64_t generation = generation_of(atomic_load(&team->ticket)) + 1;
-    uint64_t ticket = generation << 2 * ITEM_BITS | (uint64_t)items << ITEM_BITS;
-    atomic_store(&team->ticket, ticket);
+/* Every thread's share is set, which is what starts it; the caller's last, so that the others begin at once. */
+static void deal(tops_team *team, int64_t items) {
+    team->run++;
+    for (int64_t i = team->threads - 1; i >= 0; i--)
+        atomic_store(&team->shares[i].left, span_of(team->run, items * i / team->threads, items * (i + 1) / team->threads));
     if (atomic_load(&team->sleeping)) {
         pthread_mutex_lock(&team->mutex);
         pthread_cond_broadcast(&team->wake);
         pthread_mutex_unlock(&team->mutex);
     }
-    work(team, ticket);
-    for (int64_t spin = 0; atomic_load(&team->done) < items; spin++) {
-        if (spin < SPIN) RELAX();
-        else sched_yield();
+}
+
+void tops_team_run(tops_team *team, int64_t items, tops_task task, void *context) {
+    if (team->threads == 1 || items <= 1) {
+        for (int64_t item = 0; item < items; item++) task(context, item);
+        return;
+    }
+    team->task = task;
+    team->context = context;
+    for (team->base = 0; team->base < items; team->base += MOST_ITEMS) {
+        int64_t part = items - team->base < MOST_ITEMS ? items - team->base : MOST_ITEMS;
+        atomic_store(&team->done, 0);
+        deal(team, part);
+        work(team, 0, team->run);
+        for (int64_t spin = 0; atomic_load(&team->done) < part; spin++) {
+            if (spin < SPIN) RELAX();
+            else sched_yield();
+        }
     }
 }
 
@@ -127,26 +155,24 @@ static int default_threads(void) {
 
 tops_team *tops_team_create(int threads) {
     if (threads <= 0) threads = default_threads();
-    tops_team *team = aligned_alloc(64, (sizeof *team + (size_t)threads * sizeof(pthread_t) + 63) / 64 * 64);
+    size_t bytes = sizeof(tops_team) + (size_t)threads * sizeof(share);
+    tops_team *team = aligned_alloc(64, (bytes + 63) / 64 * 64);
     if (!team) return NULL;
-    atomic_init(&team->ticket, 0);
-    atomic_init(&team->done, 0);
-    atomic_init(&team->sleeping, 0);
-    atomic_init(&team->quit, false);
+    memset(team, 0, bytes);
     pthread_mutex_init(&team->mutex, NULL);
     pthread_cond_init(&team->wake, NULL);
-    team->threads = 1;
-    while (team->threads < threads && pthread_create(&team->workers[team->threads - 1], NULL, worker, team) == 0) team->threads++;
+    for (team->threads = 1; team->threads < threads; team->threads++) {
+        share *next = team->shares + team->threads;
+        next->team = team;
+        if (pthread_create(&next->thread, NULL, worker, next) != 0) break;
+    }
     return team;
 }
 
 void tops_team_destroy(tops_team *team) {
-    pthread_mutex_lock(&team->mutex);
     atomic_store(&team->quit, true);
-    atomic_fetch_add(&team->ticket, (uint64_t)1 << 2 * ITEM_BITS);
-    pthread_cond_broadcast(&team->wake);
-    pthread_mutex_unlock(&team->mutex);
-    for (int i = 0; i < team->threads - 1; i++) pthread_join(team->workers[i], NULL);
+    deal(team, 0);
+    for (int i = 1; i < team->threads; i++) pthread_join(team->shares[i].thread, NULL);
     pthread_mutex_destroy(&team->mutex);
     pthread_cond_destroy(&team->wake);
     free(team);
