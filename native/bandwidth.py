@@ -15,6 +15,7 @@ def read_bandwidth(backend: Backend, nbytes: int = 1 << 28, repeats: int = 9) ->
     nbytes must be well above the last cache (256 MiB is, on desktops) for the result to be memory's.
     """
     block, total = backend.tensor((nbytes,), DType.U8), backend.tensor((1,), DType.F32)
+    backend.zero(block)   # memory that was never written may all be one page
     seconds = []
     for _ in range(repeats + 1):
         start = perf_counter()

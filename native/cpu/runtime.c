@@ -104,7 +104,7 @@ int tops_stream_synchronize(tops_stream *stream) {
 
 /* The widest user is a linear layer: rows of f32, of 8-bit integers with their scales and sums; then attention's partial results. */
 int64_t tops_scratch_bytes(int64_t n, int64_t widest, int64_t h, int64_t p) {
-    return (n + TILE) * (widest + BLOCK) * 8 + (n + 64) * h * (p + 2) * 8 + widest * 16 + (1 << 20);
+    return (n + TILE) * (widest + BLOCK) * 8 + (n + 64) * h * (p + 18) * 8 + widest * 16 + (1 << 20);
 }
 
 int tops_stream_reserve(tops_stream *stream, int64_t scratch_bytes) {
