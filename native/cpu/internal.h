@@ -63,13 +63,14 @@ typedef struct {
 typedef void (*tops_tile)(float *out, const unsigned char *group, const tops_rows *x, int64_t first, int tokens, const float *scales);
 
 /* Queries of `tokens` neighbouring rows of one sequence and `heads` query heads that share key-value head `head`, against the
- * positions from .. until - 1: unnormalised output, running maximum and sum for each (token, head). */
+ * positions from .. until - 1: unnormalised output, running maximum and sum for each (token, head). Heads of p values lie `width`
+ * apart, p rounded up to 16, with zeros in between; q and out are aligned to 64 bytes. */
 typedef struct {
-    const float *q;           /* [tokens * heads, p], already scaled */
+    const float *q;           /* [tokens * heads, width], already scaled */
     const int32_t *pages;     /* the sequence's row of the page table */
     const tops_kv *kv;
-    int64_t g, p, head;
-    int rows, heads;
+    int64_t g, p, width, head;
+    int tokens, heads;
     const int32_t *positions; /* [tokens] */
     int64_t from, until;
     float *out, *maximum, *sum;

@@ -1,6 +1,9 @@
 /* The float kernels and the plain tiles, compiled once for each instruction set: the compiler vectorises these loops.
  * Integer tiles for AVX2 and AVX-512 stand in ops/linear_tile.*.c. */
-#include "../ops/gated_delta_rule.kernels.h"
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
 #include "formats.h"
 
 #define PASTE(a, b) a##b
@@ -10,18 +13,34 @@
 #define TEXT(a) STRING(a)
 
 /* ---- rows ---- */
+static inline void load_halves(float *restrict out, const uint16_t *restrict in, int64_t count) {
+    int64_t i = 0;
+#if defined(__F16C__)   /* compilers do not find this instruction in the loop below */
+    for (; i + 8 <= count; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const void *)(in + i))));
+#endif
+    for (; i < count; i++) out[i] = float_of_f16(in[i]);
+}
+
+static inline void store_halves(uint16_t *restrict out, const float *restrict in, int64_t count) {
+    int64_t i = 0;
+#if defined(__F16C__)
+    for (; i + 8 <= count; i += 8) _mm_storeu_si128((void *)(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT));
+#endif
+    for (; i < count; i++) out[i] = f16_of_float(in[i]);
+}
+
 static void load_row(float *restrict out, const void *restrict in, int dtype, int64_t count) {
     const uint16_t *half = in;
     if (dtype == TOPS_F32) memcpy(out, in, (size_t)count * 4);
     else if (dtype == TOPS_BF16) for (int64_t i = 0; i < count; i++) out[i] = float_of_bf16(half[i]);
-    else for (int64_t i = 0; i < count; i++) out[i] = float_of_f16(half[i]);
+    else load_halves(out, in, count);
 }
 
 static void store_row(void *restrict out, const float *restrict in, int dtype, int64_t count) {
     uint16_t *half = out;
     if (dtype == TOPS_F32) memcpy(out, in, (size_t)count * 4);
     else if (dtype == TOPS_BF16) for (int64_t i = 0; i < count; i++) half[i] = bf16_of_float(in[i]);
-    else for (int64_t i = 0; i < count; i++) half[i] = f16_of_float(in[i]);
+    else store_halves(out, in, count);
 }
 
 static void rms_norm(float *restrict out, const float *restrict x, const float *restrict weight, int64_t d, float eps) {
@@ -54,16 +73,22 @@ static void quantize_row(tops_q8 *restrict q, const float *restrict x, int64_t c
 }
 
 static float sum_bytes(const void *in, int64_t bytes) {
+    enum { WORDS = 64 };   /* eight cache lines at a time, in independent sums */
     const unsigned char *at = in;
-    uint64_t sum[16] = {0}, word[16];
-    for (; bytes >= 128; bytes -= 128, at += 128) {
-        memcpy(word, at, 128);
-        for (int i = 0; i < 16; i++) sum[i] += word[i];
-    }
-    for (int i = 1; i < 16; i++) sum[0] += sum[i];
-    for (int64_t i = 0; i < bytes; i++) sum[0] += at[i];
-    return (float)sum[0];
+    uint64_t sum[WORDS] = {0}, total = 0;
+    for (; bytes >= 8 * WORDS; bytes -= 8 * WORDS, at += 8 * WORDS)
+        for (int i = 0; i < WORDS; i++) {
+            uint64_t word;
+            memcpy(&word, at + 8 * i, 8);
+            sum[i] += word;
+        }
+    for (int i = 0; i < WORDS; i++) total += sum[i];
+    for (int64_t i = 0; i < bytes; i++) total += at[i];
+    return (float)total;
 }
+
+#include "../ops/attention.kernels.h"
+#include "../ops/gated_delta_rule.kernels.h"
 
 /* ---- tiles ---- */
 
@@ -149,56 +174,6 @@ static inline __attribute__((always_inline)) void tile_q8(int dtype, float *rest
     }
 TILE_F32(F32) TILE_F32(F16) TILE_F32(BF16) TILE_F32(FP8_E4M3)
 TILES(Q4_0) TILES(Q4_1) TILES(Q5_0) TILES(Q5_1) TILES(Q8_0) TILES(Q4_K) TILES(Q5_K) TILES(Q6_K)
-
-/* ---- attention: a page at a time, softmax carried along (Milakov and Gimelshein 2018) ---- */
-enum { HEAD_MAX = 256, STRIDE = 32 };   /* widest head; positions taken at once */
-
-static void attend(const tops_attention_item *item) {
-    int64_t p = item->p, page_size = item->kv->page_size;
-    int rows = item->rows * item->heads;
-    float keys[STRIDE * HEAD_MAX], score[STRIDE];
-    for (int r = 0; r < rows; r++) {
-        item->maximum[r] = -INFINITY;
-        item->sum[r] = 0;
-    }
-    memset(item->out, 0, (size_t)(rows * p) * sizeof(float));
-    for (int64_t at = item->from; at < item->until;) {
-        int64_t in_page = at % page_size, count = page_size - in_page;
-        if (count > STRIDE) count = STRIDE;
-        if (count > item->until - at) count = item->until - at;
-        int64_t page = item->pages[at / page_size];
-        size_t place = (size_t)(((page * item->g + item->head) * page_size + in_page) * p) * storage_bytes(item->kv->dtype);
-        float values[STRIDE * HEAD_MAX];
-        load_row(keys, (const unsigned char *)item->kv->k + place, item->kv->dtype, count * p);
-        load_row(values, (const unsigned char *)item->kv->v + place, item->kv->dtype, count * p);
-        for (int r = 0; r < rows; r++) {
-            int64_t visible = item->positions[r / item->heads] + 1 - at;
-            if (visible <= 0) continue;
-            int many = (int)(visible < count ? visible : count);
-            const float *restrict q = item->q + r * p;
-            float *restrict out = item->out + r * p;
-            float highest = item->maximum[r];
-            for (int s = 0; s < many; s++) {
-                const float *restrict k = keys + s * p;
-                float dot = 0;
-                for (int64_t c = 0; c < p; c++) dot += q[c] * k[c];
-                score[s] = dot;
-                highest = dot > highest ? dot : highest;
-            }
-            float shrink = fast_exp(item->maximum[r] - highest), total = item->sum[r] * shrink;
-            if (shrink != 1.0f) for (int64_t c = 0; c < p; c++) out[c] *= shrink;
-            for (int s = 0; s < many; s++) {
-                score[s] = fast_exp(score[s] - highest);
-                total += score[s];
-            }
-            for (int s = 0; s < many; s++)
-                for (int64_t c = 0; c < p; c++) out[c] += score[s] * values[s * p + c];
-            item->maximum[r] = highest;
-            item->sum[r] = total;
-        }
-        at += count;
-    }
-}
 
 void KERNELS(tops_kernels *table) {
     table->name = TEXT(TOPS_ISA_NAME);

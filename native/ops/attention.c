@@ -8,7 +8,7 @@
 
 #include "../cpu/internal.h"
 
-enum { TOKENS = 8, SPAN = 256, QUERIES = 16384 };   /* QUERIES: floats of an item's queries, on the stack */
+enum { TOKENS = 32, SPAN = 256, QUERIES = 16384 };   /* QUERIES: floats of an item's queries, on the stack */
 
 typedef struct {
     int32_t first, tokens;    /* rows of the batch */
@@ -20,9 +20,9 @@ typedef struct {
     const tops_kv *kv;
     const tops_batch *batch;
     const row_run *runs;
-    int64_t h, g, p, row_cols, splits, span;
+    int64_t h, g, p, width, row_cols, splits, span;   /* width: p rounded up to 16 */
     float scale;
-    float *partial, *maximum, *sum;   /* [splits, n, h, p], [splits, n, h] twice; inside a run ordered by head, then by row */
+    float *partial, *maximum, *sum;   /* [splits, n, h, width], [splits, n, h] twice; inside a run ordered by head, then by row */
     int gated, dtype;
 } attention_job;
 
@@ -32,13 +32,16 @@ static int64_t place_of(const attention_job *job, int64_t split, const row_run *
 
 static void attend_item(void *context, int64_t index) {
     const attention_job *job = context;
-    int64_t split = index % job->splits, head = index / job->splits % job->g, heads = job->h / job->g, p = job->p;
+    int64_t split = index % job->splits, head = index / job->splits % job->g, heads = job->h / job->g, p = job->p, width = job->width;
     const row_run *run = job->runs + index / job->splits / job->g;
-    float q[QUERIES];
+    _Alignas(64) float q[QUERIES];
     for (int t = 0; t < run->tokens; t++)
-        tops_cpu->load_row(q + t * heads * p, job->qkv + ((run->first + t) * job->row_cols + head * heads * p) * (int64_t)storage_bytes(job->dtype),
-                           job->dtype, heads * p);
-    for (int64_t i = 0; i < run->tokens * heads * p; i++) q[i] *= job->scale;
+        for (int64_t j = 0; j < heads; j++) {
+            float *row = q + (t * heads + j) * width;
+            int64_t place = (run->first + t) * job->row_cols + (head * heads + j) * p;
+            tops_cpu->load_row(row, job->qkv + place * (int64_t)storage_bytes(job->dtype), job->dtype, p);
+            for (int64_t c = 0; c < width; c++) row[c] = c < p ? row[c] * job->scale : 0;
+        }
 
     const int32_t *positions = job->batch->positions + run->first;
     int64_t from = split * job->span, until = positions[run->tokens - 1] + 1;
@@ -46,8 +49,8 @@ static void attend_item(void *context, int64_t index) {
     int64_t place = place_of(job, split, run, head);
     tops_attention_item item = {
         .q = q, .pages = job->batch->page_table + job->batch->sequences[run->first] * job->batch->max_pages, .kv = job->kv,
-        .g = job->g, .p = p, .head = head, .rows = run->tokens, .heads = (int)heads, .positions = positions,
-        .from = from, .until = until, .out = job->partial + place * p, .maximum = job->maximum + place, .sum = job->sum + place};
+        .g = job->g, .p = p, .width = width, .head = head, .tokens = run->tokens, .heads = (int)heads, .positions = positions,
+        .from = from, .until = until, .out = job->partial + place * width, .maximum = job->maximum + place, .sum = job->sum + place};
     tops_cpu->attend(&item);
 }
 
@@ -68,7 +71,7 @@ static void merge_run(void *context, int64_t index) {
                 if (!(job->sum[at] > 0)) continue;
                 float share = expf(job->maximum[at] - highest);
                 total += share * job->sum[at];
-                for (int64_t c = 0; c < p; c++) merged[c] += share * job->partial[at * p + c];
+                for (int64_t c = 0; c < p; c++) merged[c] += share * job->partial[at * job->width + c];
             }
             for (int64_t c = 0; c < p; c++) merged[c] /= total;
             if (job->gated) {
@@ -85,12 +88,13 @@ int tops_paged_attention(tops_stream *stream, void *out, const void *qkv, const 
     int64_t n = batch->n;
     REQUIRE(dtype == TOPS_F32 || dtype == TOPS_BF16, "dtype: must be f32 or bf16, not %d", dtype);
     REQUIRE(g >= 1 && h % g == 0, "h: must be a multiple of g = %lld, not %lld", (long long)g, (long long)h);
-    REQUIRE(p >= 1 && p <= 256 && h / g * p <= QUERIES, "p: must be in 1..256 with at most 16384 values in a group of heads, not %lld", (long long)p);
+    int64_t width = (p + 15) / 16 * 16;
+    REQUIRE(p >= 1 && width <= 256 && h / g * width <= QUERIES, "p: must be in 1..256 with at most 16384 values in a group of heads, not %lld", (long long)p);
     if (n == 0) return TOPS_OK;
     tops_scratch scratch = scratch_of(stream);
     row_run *runs = scratch_take(&scratch, n * (int64_t)sizeof *runs);
     REQUIRE_SCRATCH(runs);
-    int64_t count = 0, most = QUERIES / (h / g * p), longest = 0;
+    int64_t count = 0, most = QUERIES / (h / g * width), longest = 0;
     if (most > TOKENS) most = TOKENS;
     for (int64_t t = 0; t < n; t++) {
         row_run *last = runs + count - 1;
@@ -103,10 +107,10 @@ int tops_paged_attention(tops_stream *stream, void *out, const void *qkv, const 
     int64_t splits = (longest + SPAN - 1) / SPAN, wanted = tops_team_threads(stream->team) * 4;
     if (splits > (wanted + count * g - 1) / (count * g)) splits = (wanted + count * g - 1) / (count * g);
     if (splits * n > n + 64) splits = (n + 64) / n;   /* what tops_scratch_bytes provides for */
-    attention_job job = {.out = out, .qkv = qkv, .kv = kv, .batch = batch, .runs = runs, .h = h, .g = g, .p = p,
+    attention_job job = {.out = out, .qkv = qkv, .kv = kv, .batch = batch, .runs = runs, .h = h, .g = g, .p = p, .width = width,
                          .row_cols = ((gated ? 2 * h : h) + 2 * g) * p, .splits = splits, .span = (longest + splits - 1) / splits,
                          .scale = scale, .gated = gated, .dtype = dtype};
-    job.partial = scratch_take(&scratch, splits * n * h * p * 4);
+    job.partial = scratch_take(&scratch, splits * n * h * width * 4);
     job.maximum = scratch_take(&scratch, splits * n * h * 4);
     job.sum = scratch_take(&scratch, splits * n * h * 4);
     REQUIRE_SCRATCH(job.sum);

@@ -1,0 +1,161 @@
+/* Attention of a few rows to a span of paged positions; cpu/kernels.c compiles it once for each instruction set.
+ *
+ * Positions are taken CHUNK at a time, as f32, and the softmax is carried along (Milakov and Gimelshein 2018). Many rows pay for a
+ * transposed copy of the keys, so that scores are a matrix product with a position in each lane; a few rows take dot products.
+ * Heads are padded with zeros to `width`, a multiple of 16.
+ */
+#ifndef TENSOR_OPS_ATTENTION_KERNELS_H
+#define TENSOR_OPS_ATTENTION_KERNELS_H
+
+#include "../cpu/internal.h"
+#include "../cpu/number.h"
+
+#if defined(__AVX512F__)
+#define IOTA 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
+enum { LANES = 16 };
+#elif defined(__AVX2__)
+#define IOTA 0, 1, 2, 3, 4, 5, 6, 7
+enum { LANES = 8 };
+#else
+#define IOTA 0, 1, 2, 3
+enum { LANES = 4 };
+#endif
+typedef float vec __attribute__((vector_size(4 * LANES), may_alias));
+typedef int32_t lanes __attribute__((vector_size(4 * LANES)));
+
+enum { WIDTH = 256, CHUNK = 32, ROWS = 32, FEW = 8 };   /* widest head; positions and rows taken at once; rows that take dot products */
+
+#define INLINE static inline __attribute__((always_inline))
+INLINE vec load(const float *at) { return *(const vec *)at; }
+INLINE void store(float *at, vec x) { *(vec *)at = x; }
+
+/* out [rows, cols] += a [rows, inner] b [inner, cols]; a's rows are a_cols apart. */
+INLINE void product_tile(int rows, float *out, int64_t cols, const float *a, int64_t a_cols, const float *b, int64_t inner) {
+    vec sum[FEW];
+    for (int r = 0; r < rows; r++) sum[r] = load(out + r * cols);
+    for (int64_t i = 0; i < inner; i++) {
+        vec y = load(b + i * cols);
+        for (int r = 0; r < rows; r++) sum[r] += a[r * a_cols + i] * y;
+    }
+    for (int r = 0; r < rows; r++) store(out + r * cols, sum[r]);
+}
+
+static void product(float *out, int64_t cols, const float *a, int64_t a_cols, const float *b, int64_t inner, int rows) {
+#define TAKE(TILE_ROWS) \
+    for (; rows >= TILE_ROWS; rows -= TILE_ROWS, out += TILE_ROWS * cols, a += TILE_ROWS * a_cols) \
+        for (int64_t c = 0; c < cols; c += LANES) product_tile(TILE_ROWS, out + c, cols, a, a_cols, b + c, inner);
+    TAKE(8) TAKE(4) TAKE(2) TAKE(1)
+#undef TAKE
+}
+
+/* [a0 + a1, a2 + a3, ..., b0 + b1, b2 + b3, ...] */
+INLINE vec add_pairs(vec a, vec b) {
+    const lanes even = 2 * (lanes){IOTA};
+    return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, even + 1);
+}
+
+/* Dot products of q with LANES neighbouring keys. */
+INLINE vec dots(const float *q, const float *keys, int64_t width) {
+    vec sum[LANES] = {{0}};
+    for (int64_t c = 0; c < width; c += LANES) {
+        vec x = load(q + c);
+        for (int s = 0; s < LANES; s++) sum[s] += x * load(keys + s * width + c);
+    }
+    for (int count = LANES / 2; count; count /= 2)
+        for (int i = 0; i < count; i++) sum[i] = add_pairs(sum[2 * i], sum[2 * i + 1]);
+    return sum[0];
+}
+
+/* out [width, CHUNK] = keys [CHUNK, width] turned. A perfect shuffle of 2^k vectors of 2^k lanes, k times, turns them. */
+static void transpose(float *out, const float *keys, int64_t width) {
+    const lanes low = (lanes){IOTA} / 2 + ((lanes){IOTA} & 1) * LANES, high = low + LANES / 2;
+    for (int64_t c = 0; c < width; c += LANES)
+        for (int s = 0; s < CHUNK; s += LANES) {
+            vec x[LANES], y[LANES];
+            for (int i = 0; i < LANES; i++) x[i] = load(keys + (s + i) * width + c);
+            for (int round = LANES; round > 1; round /= 2) {
+                for (int i = 0; i < LANES / 2; i++) {
+                    y[2 * i] = __builtin_shuffle(x[i], x[i + LANES / 2], low);
+                    y[2 * i + 1] = __builtin_shuffle(x[i], x[i + LANES / 2], high);
+                }
+                memcpy(x, y, sizeof x);
+            }
+            for (int i = 0; i < LANES; i++) store(out + (c + i) * CHUNK + s, x[i]);
+        }
+}
+
+INLINE vec larger(vec a, vec b) {
+    lanes greater = a > b;
+    return (vec)(((lanes)a & greater) | ((lanes)b & ~greater));
+}
+
+INLINE float largest(const float *score) {
+    vec most = load(score);
+    for (int s = LANES; s < CHUNK; s += LANES) most = larger(most, load(score + s));
+    for (int step = LANES / 2; step; step /= 2) most = larger(most, __builtin_shuffle(most, (lanes){IOTA} ^ step));
+    return most[0];
+}
+
+/* Scores of the first `visible` positions become weights, the others 0; out, maximum and sum of the row follow. */
+INLINE void soften(float *score, int64_t visible, float *out, int64_t width, float *maximum, float *sum) {
+    for (int64_t s = visible > 0 ? visible : 0; s < CHUNK; s++) score[s] = -INFINITY;
+    float most = largest(score), highest = most > *maximum ? most : *maximum, total = 0;
+    if (visible <= 0) highest = 0;   /* the row has not seen anything and does not now: weights of 0 */
+    for (int s = 0; s < CHUNK; s++) {
+        float weight = fast_exp(score[s] - highest);
+        score[s] = s < visible ? weight : 0;
+        total += score[s];
+    }
+    if (visible <= 0) return;
+    float shrink = fast_exp(*maximum - highest);
+    *sum = *sum * shrink + total;
+    *maximum = highest;
+    if (shrink != 1.0f)
+        for (int64_t c = 0; c < width; c += LANES) store(out + c, load(out + c) * shrink);
+}
+
+/* Keys or values of `count` positions from `at` on as f32 [CHUNK, width]; rows beyond them are left as they are. */
+static void load_positions(float *out, const void *cache, const tops_attention_item *item, int64_t at, int64_t count) {
+    int64_t page_size = item->kv->page_size, p = item->p, size = (int64_t)storage_bytes(item->kv->dtype);
+    for (int64_t s = 0; s < count; s++) {
+        int64_t row = (item->pages[(at + s) / page_size] * item->g + item->head) * page_size + (at + s) % page_size;
+        load_row(out + s * item->width, (const unsigned char *)cache + row * p * size, item->kv->dtype, p);
+    }
+}
+
+static void attend(const tops_attention_item *item) {
+    int rows = item->tokens * item->heads;
+    int64_t width = item->width;
+    _Alignas(64) float keys[CHUNK * WIDTH] = {0}, turned[CHUNK * WIDTH], values[CHUNK * WIDTH] = {0}, scores[ROWS * CHUNK];
+    for (int r = 0; r < rows; r++) {
+        item->maximum[r] = -INFINITY;
+        item->sum[r] = 0;
+    }
+    memset(item->out, 0, (size_t)(rows * width) * sizeof(float));
+    for (int64_t at = item->from; at < item->until; at += CHUNK) {
+        int64_t count = item->until - at < CHUNK ? item->until - at : CHUNK;
+        load_positions(keys, item->kv->k, item, at, count);
+        load_positions(values, item->kv->v, item, at, count);
+        if (rows >= FEW) transpose(turned, keys, width);
+        for (int first = 0; first < rows; first += ROWS) {
+            int many = rows - first < ROWS ? rows - first : ROWS;
+            const float *q = item->q + first * width;
+            float *out = item->out + first * width;
+            if (rows >= FEW) {
+                memset(scores, 0, (size_t)(many * CHUNK) * sizeof(float));
+                product(scores, CHUNK, q, width, turned, width, many);
+            } else {
+                for (int r = 0; r < many; r++)
+                    for (int s = 0; s < CHUNK; s += LANES) store(scores + r * CHUNK + s, dots(q + r * width, keys + s * width, width));
+            }
+            for (int r = 0; r < many; r++) {
+                int64_t visible = item->positions[(first + r) / item->heads] + 1 - at;
+                soften(scores + r * CHUNK, visible < count ? visible : count, out + r * width, width, item->maximum + first + r, item->sum + first + r);
+            }
+            product(out, width, scores, CHUNK, values, count, many);
+        }
+    }
+}
+
+#undef INLINE
+#endif
