@@ -1,0 +1,13 @@
+"""Speed of Qwen3-0.6B with random weights of its true shapes: python benchmark_inference.py --help"""
+
+import sys
+
+from inference_pio.models.benchmark import main
+from inference_pio.models.qwen3_0_6b.config import Config
+from inference_pio.models.qwen3_0_6b.plugin import PLUGIN
+
+CONFIG = Config(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8, head_dim=128,
+                vocab_size=151936, max_position_embeddings=40960, rope_theta=1e6, rms_norm_eps=1e-6, tie_word_embeddings=True)
+
+if __name__ == "__main__":
+    sys.exit(main(PLUGIN, CONFIG))

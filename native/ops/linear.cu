@@ -1,0 +1,201 @@
+/* Linear layers: rows are prepared once (normed, rounded); a few go to gemv.cu, many to gemm.cu. */
+#include "../cuda/linear.cuh"
+
+enum { FEW = 16, AT_ONCE = 8 };
+
+template <typename T>
+__global__ void prepare_rows(__nv_bfloat16 *bf16, float *f32, int8_t *q8, float2 *steps, const T *x, const float *norm, int64_t d, float eps, bool round) {
+    wait_for_inputs();
+    launch_dependents();
+    const int64_t t = blockIdx.x;
+    const T *row = x + t * d;
+    float factor = 1.0f;
+    if (norm) {
+        float sum = 0;
+        for (int64_t c = threadIdx.x; c < d; c += blockDim.x) sum += to_float(row[c]) * to_float(row[c]);
+        factor = 1.0f / sqrtf(block_sum(sum) / (float)d + eps);
+    }
+    /* A warp takes 32 columns, which is a group of 8-bit activations. */
+    for (int64_t first = threadIdx.x / 32 * 32; first < d; first += blockDim.x) {
+        int64_t c = first + threadIdx.x % 32;
+        float value = c < d ? to_float(row[c]) * factor * (norm ? norm[c] : 1.0f) : 0.0f;
+        if (round) value = __bfloat162float(__float2bfloat16(value));
+        if (c < d && bf16) bf16[t * d + c] = __float2bfloat16(value);
+        if (c < d && f32) f32[t * d + c] = value;
+        if (!q8) continue;
+        float most = warp_max(fabsf(value)), inverse = most > 0 ? 127.0f / most : 0.0f;
+        float code = rintf(value * inverse), sum = warp_sum(code);
+        q8[t * d + c] = (int8_t)code;
+        if (threadIdx.x % 32 == 0) steps[t * (d / 32) + first / 32] = make_float2(most / 127.0f, most / 127.0f * sum);
+    }
+}
+
+template <int D> __global__ void decode_rows(__nv_bfloat16 *out, Matrix w, int64_t blocks) {
+    wait_for_inputs();
+    launch_dependents();
+    int64_t block = blockIdx.x * (int64_t)blockDim.x + threadIdx.x;
+    if (block >= blocks) return;
+    float values[32];
+    decode_block<D>(w, block, values);
+    uint4 packed[4];
+    __nv_bfloat162 *pairs = reinterpret_cast<__nv_bfloat162 *>(packed);
+#pragma unroll
+    for (int i = 0; i < 16; i++) pairs[i] = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
+#pragma unroll
+    for (int i = 0; i < 4; i++) reinterpret_cast<uint4 *>(out + 32 * block)[i] = packed[i];
+}
+template <int D> __global__ void convert_rows(__nv_bfloat16 *out, Matrix w, int64_t count) {
+    wait_for_inputs();
+    launch_dependents();
+    for (int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; i < count; i += (int64_t)gridDim.x * blockDim.x)
+        out[i] = __float2bfloat16(value_at<D>(w, i / w.cols, i % w.cols));
+}
+
+/* The matrix as bf16: itself, or decoded into scratch. */
+static int as_bf16(tops_stream *stream, const __nv_bfloat16 **out, const tops_weight *w, int64_t first, int64_t rows, __nv_bfloat16 *scratch) {
+    Matrix m = matrix_of(w);
+    if (w->dtype == TOPS_BF16) {
+        *out = reinterpret_cast<const __nv_bfloat16 *>(m.low) + first * w->cols;
+        return TOPS_OK;
+    }
+    *out = scratch;
+    int status = TOPS_OK;
+    int64_t values = rows * w->cols, skipped = first * w->cols;
+    if (is_quantised(w->dtype)) {
+        /* Planes begin at the first row that is wanted: `first` is a multiple of 256 rows. */
+        int bits = code_bits(w->dtype);
+        m.low += skipped * (bits == 8 ? 8 : 4) / 8;
+        m.high += skipped / 32;
+        m.higher += skipped / 32;
+        m.scales = static_cast<const char *>(m.scales) + skipped / 32 * scale_bytes(w->dtype);
+        m.supers = static_cast<const char *>(m.supers) + skipped / 256 * super_scale_bytes(w->dtype);
+        BY_QUANTISED(w->dtype, status = launch(stream, decode_rows<D>, dim3((unsigned)ceil_div(values / 32, 256)), dim3(256), 0, 1, scratch, m, values / 32))
+    } else {
+        m.low += skipped * value_bytes(w->dtype);
+        if (m.fp8_scales) m.fp8_scales += first / 128 * ceil_div(w->cols, 128);
+        BY_FLOAT(w->dtype, status = launch(stream, convert_rows<D>, dim3((unsigned)min(ceil_div(values, 256), (int64_t)8192)), dim3(256), 0, 1, scratch, m, values))
+    }
+    return status;
+}
+
+/* Many rows: tensor cores, a piece of each matrix at a time so that decoded weights fit into scratch. */
+static int run_many(tops_stream *stream, void *out, int64_t out_cols, bool out_f32, bool add, const __nv_bfloat16 *x, const tops_weight *w, int parts,
+                    int64_t n, Scratch scratch) {
+    int64_t piece = 8192, cols = w[0].cols, row = 0;
+    bool decode = false;
+    for (int i = 0; i < parts; i++) decode = decode || w[i].dtype != TOPS_BF16;
+    __nv_bfloat16 *decoded = nullptr;
+    if (decode) {
+        decoded = scratch.take<__nv_bfloat16>(piece * cols);
+        REQUIRE_SCRATCH(decoded);
+    }
+    for (int i = 0; i < parts; i++) {
+        int64_t step = w[i].dtype == TOPS_BF16 ? w[i].rows : piece;
+        for (int64_t first = 0; first < w[i].rows; first += step) {
+            int64_t rows = w[i].rows - first < step ? w[i].rows - first : step;
+            const __nv_bfloat16 *values = nullptr;
+            int status = as_bf16(stream, &values, w + i, first, rows, decoded);
+            if (status) return status;
+            int64_t place = row + first;
+            void *to = static_cast<char *>(out) + place * (out_f32 ? 4 : 2);
+            if ((status = gemm(stream, to, out_cols, out_f32, add, x, values, n, rows, cols))) return status;
+        }
+        row += w[i].rows;
+    }
+    return TOPS_OK;
+}
+
+static int run(tops_stream *stream, void *out, const void *x, const float *norm, const tops_weight *w, int parts, int64_t n, float eps, int dtype, int mode) {
+    REQUIRE(n >= 0, "n: must be at least 0, not %lld", (long long)n);
+    REQUIRE(parts >= 1 && parts <= 4, "parts: must be in 1..4, not %d", parts);
+    REQUIRE(dtype == TOPS_F32 || dtype == TOPS_BF16, "dtype: must be f32 or bf16, not %d", dtype);
+    const int64_t cols = w->cols;
+    int64_t rows = 0;
+    bool round = dtype == TOPS_BF16, integers = false, others = false;
+    for (int i = 0; i < parts; i++) {
+        REQUIRE(w[i].cols == cols, "w[%d].cols: must be %lld as in the first part, not %lld", i, (long long)cols, (long long)w[i].cols);
+        REQUIRE(tops_packed_bytes(w[i].dtype, w[i].rows, cols) >= 0, "w[%d]: no kernel for dtype %d with %lld columns", i, w[i].dtype, (long long)cols);
+        rows += w[i].rows;
+        bool q8 = w[i].activations == TOPS_Q8_0 && is_quantised(w[i].dtype);
+        integers = integers || q8;
+        others = others || !q8;
+        round = round || w[i].activations == TOPS_BF16;
+    }
+    if (n == 0 || rows == 0) return TOPS_OK;
+    const bool out_f32 = mode == STORE_F32 || dtype == TOPS_F32;
+    const bool many = n > FEW && round && cols % 8 == 0 && dtype == TOPS_BF16;
+    if (many) integers = false, others = true;
+
+    Scratch scratch(stream);
+    Inputs in{};
+    if (others && round && dtype == TOPS_BF16 && !norm) in.bf16 = static_cast<const __nv_bfloat16 *>(x);
+    else if (others && round) REQUIRE_SCRATCH(in.bf16 = scratch.take<__nv_bfloat16>(n * cols));
+    else if (others) REQUIRE_SCRATCH(in.f32 = scratch.take<float>(n * cols));
+    if (integers) {
+        in.q8 = scratch.take<int8_t>(n * cols);
+        REQUIRE_SCRATCH(in.steps = scratch.take<float2>(n * cols / 32));
+    }
+    int status = TOPS_OK;
+    if (integers || in.f32 || static_cast<const void *>(in.bf16) != x)
+        BY_STORAGE(dtype, status = launch(stream, prepare_rows<T>, dim3((unsigned)n), dim3(n > FEW ? 256 : 1024), 0, 1,
+                                          static_cast<const void *>(in.bf16) == x ? nullptr : const_cast<__nv_bfloat16 *>(in.bf16), const_cast<float *>(in.f32),
+                                          const_cast<int8_t *>(in.q8), const_cast<float2 *>(in.steps), static_cast<const T *>(x), norm, cols, eps, round));
+    if (status) return status;
+
+    if (many && mode == GATE_UP) {
+        __nv_bfloat16 *both = scratch.take<__nv_bfloat16>(n * rows);
+        REQUIRE_SCRATCH(both);
+        if ((status = run_many(stream, both, rows, false, false, in.bf16, w, parts, n, scratch))) return status;
+        return tops_silu_mul(stream, out, both, n, rows / 2, dtype);
+    }
+    if (many) return run_many(stream, out, rows, out_f32, mode == ADD, in.bf16, w, parts, n, scratch);
+
+    for (int64_t first = 0; first < n; first += FEW) {
+        int64_t tokens = n - first < FEW ? n - first : FEW;
+        Inputs here{in.bf16 ? in.bf16 + first * cols : nullptr, in.f32 ? in.f32 + first * cols : nullptr, in.q8 ? in.q8 + first * cols : nullptr,
+                    in.steps ? in.steps + first * cols / 32 : nullptr};
+        int64_t out_cols = mode == GATE_UP ? w->rows : rows, row = 0;
+        for (int i = 0; i < parts;) {
+            Product product{};
+            product.mode = mode;
+            product.out = static_cast<char *>(out) + first * out_cols * (out_f32 ? 4 : 2);
+            product.out_f32 = out_f32;
+            product.out_cols = out_cols;
+            product.cols = cols;
+            product.n = tokens;
+            int begin = i;
+            do {   /* neighbours in one format and one kind of activations go together */
+                product.parts[product.count] = matrix_of(w + i);
+                product.first_row[product.count++] = row;
+                product.rows += w[i].rows;
+                row += w[i].rows;
+                i++;
+            } while (i < parts && w[i].dtype == w[begin].dtype && (w[i].activations == TOPS_Q8_0) == (w[begin].activations == TOPS_Q8_0));
+            REQUIRE_SUPPORTED(mode != GATE_UP || product.count == 2, "w: gate and up must be in one format");
+            bool q8 = w[begin].activations == TOPS_Q8_0 && is_quantised(w[begin].dtype);
+            Inputs used{q8 ? nullptr : here.bf16, q8 ? nullptr : here.f32, q8 ? here.q8 : nullptr, q8 ? here.steps : nullptr};
+            if ((status = gemv(stream, product, used, w[begin].dtype))) return status;
+        }
+    }
+    return TOPS_OK;
+}
+
+int tops_linear(tops_stream *stream, void *out, const void *x, const tops_weight *w, int32_t parts, int64_t n, int32_t dtype) {
+    return run(stream, out, x, nullptr, w, parts, n, 0, dtype, STORE);
+}
+int tops_linear_add(tops_stream *stream, void *out, const void *x, const tops_weight *w, int64_t n, int32_t dtype) {
+    return run(stream, out, x, nullptr, w, 1, n, 0, dtype, ADD);
+}
+int tops_rms_norm_linear(tops_stream *stream, void *out, const void *x, const float *norm, const tops_weight *w, int32_t parts,
+                         int64_t n, float eps, int32_t dtype) {
+    return run(stream, out, x, norm, w, parts, n, eps, dtype, STORE);
+}
+int tops_rms_norm_linear_f32(tops_stream *stream, float *out, const void *x, const float *norm, const tops_weight *w, int32_t parts,
+                             int64_t n, float eps, int32_t dtype) {
+    return run(stream, out, x, norm, w, parts, n, eps, dtype, STORE_F32);
+}
+int tops_rms_norm_gate_up_silu(tops_stream *stream, void *out, const void *x, const float *norm, const tops_weight *w,
+                               int64_t n, float eps, int32_t dtype) {
+    REQUIRE(w[0].rows == w[1].rows, "w: gate and up must have equal rows, not %lld and %lld", (long long)w[0].rows, (long long)w[1].rows);
+    return run(stream, out, x, norm, w, 2, n, eps, dtype, GATE_UP);
+}
