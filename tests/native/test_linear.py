@@ -109,7 +109,7 @@ def test_gate_up_silu_residual_and_logits(backend, rng, storage, dtype, n):
     head, values = pack(backend, rng, dtype, 77, d)
     out = Guarded(backend, n, 77)
     ops.rms_norm_linear_f32(out.tensor, put(backend, x, storage), put(backend, norm), head, n, EPS)
-    assert error(out.read(), normed @ values.T) < 1e-5
+    assert error(out.read(), normed @ values.T) < (1e-5 if storage == DType.F32 else 6e-3)   # the input may be rounded to its storage
 
 
 @pytest.mark.parametrize("activations", [DType.F32, DType.Q8_0], ids=lambda d: d.name)
