@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from statistics import median
+from textwrap import wrap
 from typing import Any
 
 from rich.console import Console
@@ -25,7 +26,8 @@ def show(document: dict[str, Any], console: Console) -> None:
             console.print(line, soft_wrap=True)
     console.print()
     for label, text in facts(document):
-        console.print(Text.assemble((f" {label:<16}", "dim"), text), soft_wrap=True)
+        first, *more = wrap(text, max(40, console.width - 17))
+        console.print(Text.assemble((f" {label:<15} ", "dim"), "\n".join([first, *(f"{'':17}{line}" for line in more)])), soft_wrap=True)
     console.print()
 
 
