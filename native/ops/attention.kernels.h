@@ -23,28 +23,35 @@ enum { LANES = 4 };
 typedef float vec __attribute__((vector_size(4 * LANES), may_alias));
 typedef int32_t lanes __attribute__((vector_size(4 * LANES)));
 
-enum { WIDTH = 256, CHUNK = 32, ROWS = 32, FEW = 8 };   /* widest head; positions and rows taken at once; rows that take dot products */
+enum { WIDTH = 256, CHUNK = 32, ROWS = 32 };   /* widest head; positions and rows taken at once */
+enum { FEW = 8, MOST = 12 };                    /* below FEW rows dot products; vectors of a product in registers */
 
 #define INLINE static inline __attribute__((always_inline))
 INLINE vec load(const float *at) { return *(const vec *)at; }
 INLINE void store(float *at, vec x) { *(vec *)at = x; }
 
-/* out [rows, cols] += a [rows, inner] b [inner, cols]; a's rows are a_cols apart. */
-INLINE void product_tile(int rows, float *out, int64_t cols, const float *a, int64_t a_cols, const float *b, int64_t inner) {
-    vec sum[FEW];
-    for (int r = 0; r < rows; r++) sum[r] = load(out + r * cols);
-    for (int64_t i = 0; i < inner; i++) {
-        vec y = load(b + i * cols);
-        for (int r = 0; r < rows; r++) sum[r] += a[r * a_cols + i] * y;
-    }
-    for (int r = 0; r < rows; r++) store(out + r * cols, sum[r]);
+/* out [rows, cols] += a [rows, inner] b [inner, cols]; a's rows are a_cols apart. `rows` rows of `across` vectors in registers. */
+INLINE void product_tile(int rows, int across, float *out, int64_t cols, const float *a, int64_t a_cols, const float *b, int64_t inner) {
+    vec sum[MOST];
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < across; v++) sum[r * across + v] = load(out + r * cols + v * LANES);
+    for (int64_t i = 0; i < inner; i++)
+        for (int v = 0; v < across; v++) {
+            vec y = load(b + i * cols + v * LANES);
+            for (int r = 0; r < rows; r++) sum[r * across + v] += a[r * a_cols + i] * y;
+        }
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < across; v++) store(out + r * cols + v * LANES, sum[r * across + v]);
 }
 
 static void product(float *out, int64_t cols, const float *a, int64_t a_cols, const float *b, int64_t inner, int rows) {
-#define TAKE(TILE_ROWS) \
-    for (; rows >= TILE_ROWS; rows -= TILE_ROWS, out += TILE_ROWS * cols, a += TILE_ROWS * a_cols) \
-        for (int64_t c = 0; c < cols; c += LANES) product_tile(TILE_ROWS, out + c, cols, a, a_cols, b + c, inner);
-    TAKE(8) TAKE(4) TAKE(2) TAKE(1)
+#define TAKE(TILE_ROWS, ACROSS) \
+    for (; rows >= TILE_ROWS; rows -= TILE_ROWS, out += TILE_ROWS * cols, a += TILE_ROWS * a_cols) { \
+        int64_t c = 0; \
+        for (; c + ACROSS * LANES <= cols; c += ACROSS * LANES) product_tile(TILE_ROWS, ACROSS, out + c, cols, a, a_cols, b + c, inner); \
+        for (; c < cols; c += LANES) product_tile(TILE_ROWS, 1, out + c, cols, a, a_cols, b + c, inner); \
+    }
+    TAKE(8, 1) TAKE(4, 2) TAKE(3, 4) TAKE(2, 4) TAKE(1, 4)
 #undef TAKE
 }
 
@@ -114,19 +121,40 @@ INLINE void soften(float *score, int64_t visible, float *out, int64_t width, flo
         for (int64_t c = 0; c < width; c += LANES) store(out + c, load(out + c) * shrink);
 }
 
-/* Keys or values of `count` positions from `at` on as f32 [CHUNK, width]; rows beyond them are left as they are. */
+/* The positions at .. of a page that holds them, `count` at most: how many there are, and where they begin. */
+INLINE int64_t piece_of(const unsigned char **piece, const void *cache, const tops_attention_item *item, int64_t at, int64_t count) {
+    int64_t page_size = item->kv->page_size, page = at / page_size, in_page = at - page * page_size;
+    int64_t row = (item->pages[page] * item->g + item->head) * page_size + in_page;
+    *piece = (const unsigned char *)cache + row * item->p * (int64_t)storage_bytes(item->kv->dtype);
+    return count < page_size - in_page ? count : page_size - in_page;
+}
+
+/* Keys or values of `count` positions from `at` on as f32 [CHUNK, width]; rows beyond them are left as they are. Those of the next
+ * chunk are asked for at the same time: pages do not lie in order, so the processor would not guess them. */
 static void load_positions(float *out, const void *cache, const tops_attention_item *item, int64_t at, int64_t count) {
-    int64_t page_size = item->kv->page_size, p = item->p, size = (int64_t)storage_bytes(item->kv->dtype);
-    for (int64_t s = 0; s < count; s++) {
-        int64_t row = (item->pages[(at + s) / page_size] * item->g + item->head) * page_size + (at + s) % page_size;
-        load_row(out + s * item->width, (const unsigned char *)cache + row * p * size, item->kv->dtype, p);
+    int64_t p = item->p, width = item->width, bytes = p * (int64_t)storage_bytes(item->kv->dtype), many;
+    const unsigned char *piece;
+    for (int64_t s = 0; s < count && at + s + CHUNK < item->until; s += many) {
+        many = piece_of(&piece, cache, item, at + s + CHUNK, count - s);
+        for (int64_t i = 0; i < many * bytes; i += 64) __builtin_prefetch(piece + i);
+    }
+    for (int64_t s = 0; s < count; s += many, out += many * width) {
+        many = piece_of(&piece, cache, item, at + s, count - s);
+        if (p == width) {
+            load_row(out, piece, item->kv->dtype, many * p);
+            continue;
+        }
+        for (int64_t i = 0; i < many; i++) {
+            load_row(out + i * width, piece + i * bytes, item->kv->dtype, p);
+            for (int64_t c = p; c < width; c++) out[i * width + c] = 0;
+        }
     }
 }
 
 static void attend(const tops_attention_item *item) {
     int rows = item->tokens * item->heads;
     int64_t width = item->width;
-    _Alignas(64) float keys[CHUNK * WIDTH] = {0}, turned[CHUNK * WIDTH], values[CHUNK * WIDTH] = {0}, scores[ROWS * CHUNK];
+    _Alignas(64) float keys[CHUNK * WIDTH], turned[CHUNK * WIDTH], values[CHUNK * WIDTH], scores[ROWS * CHUNK];
     for (int r = 0; r < rows; r++) {
         item->maximum[r] = -INFINITY;
         item->sum[r] = 0;
