@@ -10,14 +10,15 @@ from typing import Any
 from lsprotocol import types
 from pygls.lsp.server import LanguageServer
 
-from inference_pio.lsp_server.features.inline_completion import Cursor, complete, prefill
+from inference_pio.lsp_server.features.inline_completion import begin_ahead, complete
 from inference_pio.lsp_server.features.status import explain, status
+from inference_pio.lsp_server.generation import Cursor
 from inference_pio.lsp_server.protocol import Protocol, claim_stdout
 from inference_pio.lsp_server.session import OpenEngine, Session, open_engine
 from inference_pio.lsp_server.settings import Settings
 
 _log = logging.getLogger(__name__)
-_PREFILL_PAUSE = 0.02   # seconds after a change: the request that comes with it is usually faster
+_AHEAD_PAUSE = 0.005   # seconds after a change: a request that comes with it comes first
 
 
 class Server(LanguageServer):
@@ -27,7 +28,7 @@ class Server(LanguageServer):
         super().__init__("pio-lsp", version, protocol_cls=Protocol, text_document_sync_kind=types.TextDocumentSyncKind.Incremental)
         self.session = Session(settings, open_engine, reuse)
         self._tasks: set[asyncio.Task] = set()
-        self._prefill: asyncio.TimerHandle | None = None
+        self._ahead: asyncio.TimerHandle | None = None
         self._progress_token: str | None = None
         for method, handler, options in (
             (types.INITIALIZE, self.on_initialize, None),
@@ -143,15 +144,17 @@ class Server(LanguageServer):
         if changed is None:
             return
         cursor = Cursor(*changed)
-        if self._prefill is not None:
-            self._prefill.cancel()
-        self._prefill = asyncio.get_running_loop().call_later(_PREFILL_PAUSE, self._begin_prefill, cursor)
+        if self._ahead is not None:
+            self._ahead.cancel()
+        if (generation := self.session.keep(cursor)) is not None:
+            generation.owner = None   # its request is about to be cancelled, and the next one will want it
+        self._ahead = asyncio.get_running_loop().call_later(_AHEAD_PAUSE, self._begin_ahead, cursor)
 
-    def _begin_prefill(self, cursor: Cursor) -> None:
+    def _begin_ahead(self, cursor: Cursor) -> None:
         document = cursor.document
         # A request that is being answered computes the same prompt.
-        if self.session.documents.get(document.uri) is document and document.uri not in self.session.streams:
-            self._start(prefill(self.session, cursor))
+        if self.session.documents.get(document.uri) is document and document.uri not in self.session.generations:
+            self._start(begin_ahead(self.session, cursor))
 
     def on_close(self, params: types.DidCloseTextDocumentParams) -> None:
         self.session.forget(params.text_document.uri)

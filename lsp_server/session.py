@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from inference_pio.engine import EngineError, TokenStream
+from inference_pio.engine import EngineError
 from inference_pio.lsp_server.context import Privacy
-from inference_pio.lsp_server.documents import Documents
+from inference_pio.lsp_server.documents import Document, Documents
+from inference_pio.lsp_server.generation import Cursor, Generation
 from inference_pio.lsp_server.prompt import PromptBuilder
 from inference_pio.lsp_server.settings import Settings
 from inference_pio.lsp_server.suggestions import Suggestions
@@ -64,7 +65,8 @@ class Session:
         self.progress: LoadProgress | None = None
         self.last: LastRequest | None = None
         self.latest: dict[str, int] = {}                 # uri -> number of its newest request
-        self.streams: dict[str, TokenStream] = {}        # uri -> what is being generated or prefilled for it
+        self.asked: dict[str, Document] = {}             # uri -> the document as it was when the newest request came
+        self.generations: dict[str, Generation] = {}     # uri -> what is being written for it
         self.workers = ThreadPoolExecutor(4, thread_name_prefix="pio-worker")
         self._open, self._reuse = open_engine, reuse
         self._loading: asyncio.Task | None = None
@@ -111,31 +113,42 @@ class Session:
         on_progress(progress)
 
     def close(self) -> None:
-        for stream in self.streams.values():
-            stream.close()
+        for generation in self.generations.values():
+            generation.stop()
         if self.engine is not None:
             self.engine.close()
         self.workers.shutdown(wait=False, cancel_futures=True)
 
     # ---- what runs for a document ----------------------------------------------------------------------------------------
 
-    def supersede(self, uri: str) -> int:
-        """A newer request for the document: whatever runs for it stops within a step. Gives the new request's number."""
-        self.stop(uri)
+    def supersede(self, cursor: Cursor) -> int:
+        """A newer request: the document's older one is answered with nothing. Gives the new request's number."""
+        uri = cursor.document.uri
+        self.asked[uri] = cursor.document
         self.latest[uri] = self.latest.get(uri, 0) + 1
         return self.latest[uri]
 
+    def keep(self, now: Cursor) -> Generation | None:
+        """What is being written for the document, if it agrees with the document as it is now; anything else stops within a step."""
+        generation = self.generations.get(now.document.uri)
+        if generation is not None and generation.agrees(now):
+            return generation
+        self.stop(now.document.uri)
+        return None
+
     def stop(self, uri: str) -> None:
-        stream = self.streams.pop(uri, None)
-        if stream is not None:
-            stream.close()
+        generation = self.generations.pop(uri, None)
+        if generation is not None:
+            generation.stop()
 
     def is_latest(self, uri: str, number: int) -> bool:
         return self.latest.get(uri) == number
 
     def forget(self, uri: str) -> None:
         """The document was closed."""
-        self.supersede(uri)
+        self.latest[uri] = self.latest.get(uri, 0) + 1
+        self.asked.pop(uri, None)
+        self.stop(uri)
         self.suggestions.forget(uri)
         self.prompts.forget(uri)
         self.documents.close(uri)

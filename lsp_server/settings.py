@@ -26,7 +26,7 @@ class Settings:
     prompt_tokens: int = _setting(1024, "Tokens of the document that the model sees.", least=64, most=1 << 17)
     deadline_ms: int = _setting(3000, "A completion that takes longer is shown as far as it got.", least=50, most=600_000)
     multiline: bool = _setting(True, "Suggest whole blocks; off: the rest of the line.")
-    prefill: bool = _setting(True, "Compute the prompt while you type, before a completion is asked for.")
+    prefill: bool = _setting(True, "Begin to write at the key, before the editor asks for a completion.")
     temperature: float = _setting(0.0, "0 always takes the likeliest token.", least=0.0, most=5.0)
     context_files: bool = _setting(True, "Show the model parts of other open files, where it was trained for that.")
     secrets: bool = _setting(False, "Complete in files that may hold secrets (.env, keys) and in ignored files, too.")

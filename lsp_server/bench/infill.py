@@ -38,12 +38,12 @@ class InfillTarget:
         properties = await self.server.get("/props")
         self.model = str(properties.get("model_path") or properties.get("model_alias") or "unknown").rpartition("/")[2]
         try:
-            await InfillSuggestion(self, "", "", " ", perf_counter(), most_tokens=1).answer()
+            await InfillSuggestion(self, "", "", " ", most_tokens=1).answer()
         except HttpError as e:
             if e.status not in (400, 404, 501):
                 raise
             self.fim = False
-            await InfillSuggestion(self, "", " ", "", perf_counter(), most_tokens=1).answer()
+            await InfillSuggestion(self, "", " ", "", most_tokens=1).answer()
 
     def open(self, document: str, language: str, buffer: Buffer) -> None:
         pass    # the server knows no documents
@@ -51,7 +51,7 @@ class InfillTarget:
     def change(self, document: str, change: Change, buffer: Buffer) -> None:
         pass
 
-    def suggest(self, document: str, cursor: Position, buffer: Buffer, keystroke: float) -> InfillSuggestion:
+    def suggest(self, document: str, cursor: Position, buffer: Buffer) -> InfillSuggestion:
         for suggestion in self._abandoned:
             suggestion.task.cancel()
         self._abandoned.clear()
@@ -59,7 +59,7 @@ class InfillTarget:
         before = buffer.text[:offset].splitlines(keepends=True)[-PREFIX_LINES - 1:]
         line = before.pop() if before and not before[-1].endswith("\n") else ""
         after = "".join(buffer.text[offset:].splitlines(keepends=True)[:SUFFIX_LINES + 1])
-        return InfillSuggestion(self, "".join(before), line, after, keystroke)
+        return InfillSuggestion(self, "".join(before), line, after)
 
     async def cancel(self, suggestion: InfillSuggestion) -> float:
         began = perf_counter()
@@ -71,9 +71,8 @@ class InfillTarget:
 
 
 class InfillSuggestion:
-    def __init__(self, target: InfillTarget, prefix: str, line: str, suffix: str, keystroke: float,
-                 most_tokens: int | None = None) -> None:
-        self.target, self.keystroke = target, keystroke
+    def __init__(self, target: InfillTarget, prefix: str, line: str, suffix: str, most_tokens: int | None = None) -> None:
+        self.target, self.asked = target, perf_counter()
         common = {"n_predict": most_tokens or target.most_tokens, "temperature": 0, "cache_prompt": True, "stream": True, "id_slot": 0}
         if target.fim:
             self._path = "/infill"
@@ -96,13 +95,14 @@ class InfillSuggestion:
                 continue
             event = json.loads(line.removeprefix("data: "))
             if answer.first_token_ms is None:
-                answer.first_token_ms = 1e3 * (perf_counter() - self.keystroke)
+                answer.first_token_ms = 1e3 * (perf_counter() - self.asked)
             text.append(event.get("content", ""))
             if timings := event.get("timings"):
                 answer.reused_tokens, answer.computed_tokens = timings.get("cache_n", 0), timings["prompt_n"]
                 answer.prompt_tokens = answer.reused_tokens + answer.computed_tokens
                 answer.generated_tokens = timings["predicted_n"]
-        answer.answer_ms = 1e3 * (perf_counter() - self.keystroke)
-        answer.decode_ms = answer.answer_ms - (answer.first_token_ms or answer.answer_ms)
+        answer.answer_ms = 1e3 * (perf_counter() - self.asked)
+        if answer.first_token_ms is not None and answer.answer_ms > answer.first_token_ms:
+            answer.tokens_per_second = 1e3 * (answer.generated_tokens - 1) / (answer.answer_ms - answer.first_token_ms)
         answer.text = "".join(text)
         return answer

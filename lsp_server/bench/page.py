@@ -63,8 +63,8 @@ def _latency(document: dict[str, Any]) -> str:
     if not rows:
         return ""
     legend = _legend([(f"run{i}", run["name"]) for i, run in enumerate(runs)]) if len(runs) > 1 else ""
-    return _figure("Keystroke to first token", "By kind of edit, milliseconds on a log scale: the dot is p50 (its value stands at the end), "
-                   "the tick p90, the line ends at p99.", legend + chart.ranges(rows, "milliseconds to the first token by kind of edit"))
+    return _figure("Request to first token", "By kind of edit, milliseconds on a log scale: the dot is p50 (its value stands at the end), "
+                   "the tick p90, the line ends at p99. What an editor waits before it asks comes on top.", legend + chart.ranges(rows, "milliseconds to the first token by kind of edit"))
 
 
 def _timeline(run: dict[str, Any]) -> str:

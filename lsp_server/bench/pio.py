@@ -86,10 +86,10 @@ class PioTarget:
             "textDocument": {"uri": self._uri(document), "version": buffer.version},
             "contentChanges": [{"range": span, "text": change.text}]})
 
-    def suggest(self, document: str, cursor: Position, buffer: Buffer, keystroke: float) -> PioSuggestion:
+    def suggest(self, document: str, cursor: Position, buffer: Buffer) -> PioSuggestion:
         pending = self.client.send("textDocument/inlineCompletion", {
             "textDocument": {"uri": self._uri(document)}, "position": _lsp(cursor), "context": {"triggerKind": 2}})
-        return PioSuggestion(self, pending, cursor, buffer, keystroke)
+        return PioSuggestion(self, pending, cursor, buffer)
 
     async def cancel(self, suggestion: PioSuggestion) -> float:
         began = perf_counter()
@@ -105,28 +105,26 @@ class PioTarget:
 
 
 class PioSuggestion:
-    def __init__(self, target: PioTarget, pending: Pending, cursor: Position, buffer: Buffer, keystroke: float) -> None:
-        self.target, self.pending, self.keystroke = target, pending, keystroke
-        self._cursor, self._buffer = cursor, buffer
+    def __init__(self, target: PioTarget, pending: Pending, cursor: Position, buffer: Buffer) -> None:
+        self.target, self.pending, self._cursor, self._buffer = target, pending, cursor, buffer
 
     def abandon(self) -> None:
         pass
 
     async def answer(self) -> Answer:
         result = await self.target.client.result(self.pending)
-        assert self.pending.answered is not None
-        elapsed = 1e3 * (self.pending.answered - self.keystroke)
+        elapsed = self.pending.ms
         last = (await self.target.status()).get("last") or {}
         answer = Answer(text=self._shown(result), answer_ms=elapsed, source=last.get("source", "model"), reason=last.get("reason") or "")
         stats = last.get("stats") or {}
         for name in ("prompt_tokens", "reused_tokens", "computed_tokens", "generated_tokens"):
             setattr(answer, name, stats.get(name) or 0)
+        answer.tokens_per_second = stats.get("tokens_per_second")
         first, total = last.get("first_token_ms"), last.get("total_ms")
         answer.server_ms = total
         if first is not None and total is not None:
             # The client's clock for the whole, the server's for what came after the first token.
-            answer.decode_ms = total - first
-            answer.first_token_ms = elapsed - answer.decode_ms
+            answer.first_token_ms = elapsed - (total - first)
         elif answer.text:
             answer.first_token_ms = elapsed    # from memory: all of it at once
         return answer

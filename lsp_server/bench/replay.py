@@ -14,7 +14,7 @@ from inference_pio.lsp_server.bench.trace import THROUGH, Change, Event, Positio
 
 @dataclass
 class Answer:
-    """What a server said to one request. Times are milliseconds since the keystroke; tokens are the server's own count."""
+    """What a server said to one request. Times are milliseconds since it was asked; tokens are the server's own count."""
 
     text: str = ""                        # what the editor would show at the cursor
     first_token_ms: float | None = None   # None: no token was generated or shown
@@ -25,7 +25,7 @@ class Answer:
     reused_tokens: int = 0
     computed_tokens: int = 0
     generated_tokens: int = 0
-    decode_ms: float = 0.0                # from the first generated token to the last
+    tokens_per_second: float | None = None   # of decoding
     server_ms: float | None = None        # what the server itself took for the whole request
 
 
@@ -70,8 +70,8 @@ class Target(Protocol):
 
     def change(self, document: str, change: Change, buffer: Buffer) -> None: ...
 
-    def suggest(self, document: str, cursor: Position, buffer: Buffer, keystroke: float) -> Suggestion:
-        """Asks for a suggestion; `keystroke` is when (perf_counter) the change began."""
+    def suggest(self, document: str, cursor: Position, buffer: Buffer) -> Suggestion:
+        """Asks for a suggestion at the cursor."""
 
     async def cancel(self, suggestion: Suggestion) -> float:
         """Cancels it and returns the milliseconds until the server's engine does nothing."""
@@ -116,7 +116,6 @@ class Replay:
             return
         if not typed:
             self._take_back(document)
-        keystroke = perf_counter()
         change = Change(self._cursor, self._cursor, typed) if typed else event.change
         if change:
             revert = buffer.apply(change)
@@ -130,11 +129,13 @@ class Replay:
         if isinstance(event.request, tuple):
             buffer.offset(event.request)
             self._cursor = event.request
-        await self._ask(event, buffer, keystroke, typed)
+        await asyncio.sleep(event.ask_after_ms / 1e3)
+        await self._ask(event, buffer)
 
-    async def _ask(self, event: Event, buffer: Buffer, keystroke: float, typed: str) -> None:
+    async def _ask(self, event: Event, buffer: Buffer) -> None:
         self.recording.requests += 1
-        suggestion = self.target.suggest(event.document, self._cursor, buffer, keystroke)
+        asked_at = perf_counter() - self.began
+        suggestion = self.target.suggest(event.document, self._cursor, buffer)
         if event.cancel_after_ms is not None:
             self._shown = ""
             await asyncio.sleep(event.cancel_after_ms / 1e3)
@@ -147,7 +148,7 @@ class Replay:
             self._shown = answer.text
             # Also what was recorded as another kind may agree with the suggestion on the screen, and then costs nothing.
             kind = THROUGH if answer.source == THROUGH else event.kind
-            self.recording.samples.append(Sample(self.trace.name, event.document, kind, keystroke - self.began, answer))
+            self.recording.samples.append(Sample(self.trace.name, event.document, kind, asked_at, answer))
 
     def _take_back(self, document: str) -> None:
         buffer = self._buffers[document]

@@ -8,7 +8,7 @@ import platform
 from statistics import median
 from typing import Any
 
-from inference_pio.lsp_server.bench.replay import Answer, Recording, Sample
+from inference_pio.lsp_server.bench.replay import Recording, Sample
 from inference_pio.lsp_server.bench.trace import KINDS, THROUGH
 
 SCHEMA = 1
@@ -31,7 +31,7 @@ def spread(values: list[float]) -> dict[str, float] | None:
 def run(name: str, about: dict[str, Any], recording: Recording) -> dict[str, Any]:
     """One replay on one server."""
     answers = [sample.answer for sample in recording.samples]
-    decoded = [a for a in answers if a.source == "model" and a.generated_tokens >= DECODED_ENOUGH and a.decode_ms > 0]
+    decoded = [a for a in answers if a.tokens_per_second and a.generated_tokens >= DECODED_ENOUGH]
     kinds = {kind: of_kind(samples) for kind in KINDS if (samples := [s for s in recording.samples if s.kind == kind])}
     return {
         "name": name, **about,
@@ -39,17 +39,13 @@ def run(name: str, about: dict[str, Any], recording: Recording) -> dict[str, Any
         "skipped": recording.skipped, "events_left": recording.events_left,
         "kinds": kinds,
         "from_memory_ms": spread([a.server_ms for a in answers if a.source == THROUGH and a.server_ms is not None]),
-        "decode_tokens_per_second": median(map(tokens_per_second, decoded)) if decoded else None,
+        "decode_tokens_per_second": median(a.tokens_per_second for a in decoded) if decoded else None,
         "decode_context": median(a.prompt_tokens + a.generated_tokens / 2 for a in decoded) if decoded else None,
         "cancel_to_idle_ms": spread(recording.idle_ms),
         "prompt_tokens": sum(a.prompt_tokens for a in answers), "reused_tokens": sum(a.reused_tokens for a in answers),
         "computed_tokens": sum(a.computed_tokens for a in answers), "generated_tokens": sum(a.generated_tokens for a in answers),
         "samples": [of_sample(sample) for sample in recording.samples],
     }
-
-
-def tokens_per_second(answer: Answer) -> float:
-    return 1e3 * (answer.generated_tokens - 1) / answer.decode_ms
 
 
 def of_kind(samples: list[Sample]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def facts(document: dict[str, Any]) -> list[tuple[str, str]]:
     lines = []
     if (warm := warm_against_cold(run)) is not None:
         cold_ms, warm_ms = warm
-        lines.append(("a keystroke", f"{number(warm_ms)} ms to the first token; a cold prompt takes {number(cold_ms)} ms, "
+        lines.append(("a keystroke", f"{number(warm_ms)} ms from the request to the first token; a cold prompt takes {number(cold_ms)} ms, "
                                      f"{cold_ms / warm_ms:.0f} times as long (p50)"))
     if run["prompt_tokens"]:
         lines.append(("prompt tokens", f"{run['prompt_tokens']:,} in the measured requests: {run['reused_tokens']:,} reused, "

@@ -44,6 +44,7 @@ class Event:
     take: int = 0
     accept: bool = False
     request: Position | bool = False   # where the cursor stands; True: where the change left it
+    ask_after_ms: float = 0.0          # the request comes that long after the change: editors wait a little
     wait: bool = True                  # False: the next key comes at its time, answered or not
     cancel_after_ms: float | None = None
 
@@ -111,7 +112,7 @@ def _event(fields: _Fields, documents: dict[str, Document]) -> Event:
     event = Event(
         document, kind, fields.number("pause_ms", 0.0), None if change is None else _change(fields.where, change),
         fields.get("take", int, 0), fields.get("accept", bool, False),
-        _position(fields, "request", request) if isinstance(request, list) else request,
+        _position(fields, "request", request) if isinstance(request, list) else request, fields.number("ask_after_ms", 0.0),
         fields.get("wait", bool, True), fields.number("cancel_after_ms", None),
     )
     fields.done()

@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 
 from inference_pio.engine import EngineError, FimPrompt, Priority, SamplingParams, TokenStream
 from inference_pio.lsp_server.context import chunks
 from inference_pio.lsp_server.documents import Document
+from inference_pio.lsp_server.generation import Cursor, Generation
 from inference_pio.lsp_server.session import LastRequest, Session
 from inference_pio.lsp_server.suggestions import Suggestion
-from inference_pio.lsp_server.trim import Place, block_ended, trim
 
 _LOADING_PATIENCE = 20.0   # seconds a request waits for a model that is being loaded, so that the first text is completed too
-
-
-@dataclass(frozen=True)
-class Cursor:
-    """A document as it was when the request came, and where."""
-
-    document: Document
-    offset: int
-
-    @property
-    def place(self) -> Place:
-        text, starts = self.document.text, self.document.starts
-        line = self.document.position(self.offset, "utf-32")[0]
-        end = starts[line] + len(self.document.line(line))
-        return Place(before=text[starts[line]:self.offset], after=text[self.offset:max(end, self.offset)], below=text[end:end + 4000])
 
 
 async def complete(session: Session, cursor: Cursor, explicit: bool = False) -> str:
@@ -42,7 +27,8 @@ async def complete(session: Session, cursor: Cursor, explicit: bool = False) -> 
 
 async def _complete(session: Session, cursor: Cursor, explicit: bool, last: LastRequest) -> str:
     document, uri = cursor.document, cursor.document.uri
-    number = session.supersede(uri)
+    number = session.supersede(cursor)
+    session.keep(cursor)
     along = session.suggestions.typed_along(uri, document.text, cursor.offset)
     if along is not None:
         last.reason, last.source = "shown", "type-through"
@@ -67,8 +53,7 @@ async def _complete(session: Session, cursor: Cursor, explicit: bool, last: Last
         last.reason = "superseded"
         return ""
     try:
-        prompt = await session.in_worker(partial(build_prompt, session, document, cursor.offset))
-        return await _generate(session, cursor, number, prompt, last)
+        return await _generate(session, cursor, number, last)
     except EngineError as error:
         last.reason = f"error: {error}"
         return ""
@@ -81,62 +66,113 @@ def build_prompt(session: Session, document: Document, offset: int) -> FimPrompt
     return session.prompts.build(document, offset, s.prompt_tokens, fim, context)
 
 
-async def _generate(session: Session, cursor: Cursor, number: int, prompt: FimPrompt, last: LastRequest) -> str:
-    uri, place, s = cursor.document.uri, cursor.place, session.settings
-    last.prompt = prompt.prefix + prompt.middle
-    if not (prompt.prefix + prompt.middle + prompt.suffix + "".join(c.text for c in prompt.context)).strip():
-        last.reason = "an empty document"
+async def _generate(session: Session, cursor: Cursor, number: int, last: LastRequest) -> str:
+    """Take over what is being written, if it agrees with what was typed; else begin anew."""
+    generation = session.keep(cursor)
+    if generation is not None and not _waits_behind_others(session, generation):
+        last.source, generation.owner = "adopted", number
+        if (text := await _await(session, generation, cursor, number, last)) is not None:
+            return text
+    prompt = await session.in_worker(partial(build_prompt, session, cursor.document, cursor.offset))
+    if not session.is_latest(cursor.document.uri, number):
         return ""
+    generation = await _begin(session, cursor, prompt, number, Priority.COMPLETION)
+    if generation is None:
+        last.reason = "superseded" if not session.is_latest(cursor.document.uri, number) else "an empty document"
+        return ""
+    last.source = "model"
+    return await _await(session, generation, cursor, number, last) or ""
+
+
+def _waits_behind_others(session: Session, generation: Generation) -> bool:
+    """Begun ahead it gives way to everything; now that somebody waits, what has no text yet had better begin again, urgently."""
+    if generation.owner is not None or generation.text:
+        return False
+    status = session.engine.status()
+    return status.running + status.waiting > 1
+
+
+async def _begin(session: Session, cursor: Cursor, prompt: FimPrompt, owner: int | None, priority: Priority) -> Generation | None:
+    """Start to write. None if there is nothing to continue, or something newer came meanwhile."""
+    if not (prompt.prefix + prompt.middle + prompt.suffix + "".join(c.text for c in prompt.context)).strip():
+        return None
+    uri, place, s = cursor.document.uri, cursor.place, session.settings
+    number = session.latest.get(uri, 0)
     stop = () if s.multiline and not place.after.strip(")]}>,; \t\"'`") else ("\n",)
     params = SamplingParams(max_tokens=s.max_tokens, temperature=s.temperature, deadline_ms=float(s.deadline_ms), stop=stop)
-    stream: TokenStream = await session.in_worker(session.engine.submit, prompt, params, Priority.COMPLETION)
-    submitted_ms = last.elapsed_ms()
-    if not session.is_latest(uri, number):
+    stream = await _submit(session, prompt, params, priority)
+    if session.latest.get(uri, 0) != number:
         stream.close()
-        return ""
-    session.streams[uri] = stream
-    ended_early = False
+        return None
+    session.stop(uri)
+    generation = session.generations[uri] = Generation(cursor, stream, owner, prompt.prefix + prompt.middle)
+    return generation
+
+
+async def _submit(session: Session, prompt: FimPrompt, params: SamplingParams, priority: Priority) -> TokenStream:
+    """Tokenizing takes a while, so a worker does it; a stream that comes after nobody wants it any more is closed."""
+    submitted = asyncio.ensure_future(session.in_worker(session.engine.submit, prompt, params, priority))
     try:
-        text = ""
-        async for piece in stream:
-            text += piece
+        return await asyncio.shield(submitted)
+    except asyncio.CancelledError:
+        submitted.add_done_callback(lambda done: None if done.cancelled() or done.exception() else done.result().close())
+        raise
+
+
+async def _await(session: Session, generation: Generation, cursor: Cursor, number: int, last: LastRequest) -> str | None:
+    """The generation's text, as far as it is not typed yet; None if it turns out to disagree with what was typed."""
+    uri = cursor.document.uri
+    last.prompt = generation.prompt
+    try:
+        while not generation.ended and generation.agrees(cursor):
+            _see_first_text(generation, cursor, last)
+            await generation.change()
             if not session.is_latest(uri, number):
                 return ""
-            if "\n" in piece and block_ended(text, place):
-                ended_early = True
-                break
-    finally:
-        stream.close()
-        if session.streams.get(uri) is stream:
-            del session.streams[uri]
-        last.source, last.stats = "model", asdict(stream.stats)
-        if stream.stats.first_token_ms is not None:
-            last.first_token_ms = submitted_ms + stream.stats.first_token_ms
-    if not session.is_latest(uri, number):
-        return ""
-    cut = not ended_early and stream.stats.finish_reason in ("length", "deadline")
-    trimmed = trim(text, Place(place.before, place.after, place.below, cut))
+    except asyncio.CancelledError:
+        if generation.owner == number and session.generations.get(uri) is generation:
+            session.stop(uri)
+        raise
+    _see_first_text(generation, cursor, last)
+    last.stats = asdict(generation.stream.stats) | {"tokens_per_second": generation.tokens_per_second}
+    if not generation.agrees(cursor) and generation.error is None:
+        return None
+    if session.generations.get(uri) is generation:
+        del session.generations[uri]
+    if generation.error is not None:
+        raise generation.error
+    return _show(session, generation, cursor, last)
+
+
+def _see_first_text(generation: Generation, cursor: Cursor, last: LastRequest) -> None:
+    if last.first_token_ms is None and len(generation.text) > cursor.offset - generation.cursor.offset:
+        last.first_token_ms = last.elapsed_ms()
+
+
+def _show(session: Session, generation: Generation, cursor: Cursor, last: LastRequest) -> str | None:
+    """Remember the suggestion where it was begun, and give what is left of it here; None if all of it is typed."""
+    at, trimmed = generation.cursor, generation.result
+    if trimmed.text:
+        session.suggestions.show(Suggestion(at.document.uri, at.offset, at.document.text[:at.offset], at.document.text[at.offset:], trimmed.text))
+    typed = at.typed_since(cursor)
+    if typed and not (trimmed.text.startswith(typed) and len(trimmed.text) > len(typed)):
+        return None
     last.rule = trimmed.dropped_by
     last.reason = "shown" if trimmed.text else f"nothing was left after the rule {trimmed.dropped_by}"
-    if trimmed.text:
-        before, after = cursor.document.text[:cursor.offset], cursor.document.text[cursor.offset:]
-        session.suggestions.show(Suggestion(uri, cursor.offset, before, after, trimmed.text))
-    return trimmed.text
+    return trimmed.text[len(typed or ""):]
 
 
-async def prefill(session: Session, cursor: Cursor) -> None:
-    """Compute the prompt while somebody still types. Gives way to everything else."""
+async def begin_ahead(session: Session, cursor: Cursor) -> None:
+    """Begin to write while nobody has asked yet: editors ask some time after the key. Gives way to everything else."""
     uri, s = cursor.document.uri, session.settings
-    if session.engine is None or not s.prefill or not s.enable:
+    if session.engine is None or not s.prefill or not s.enable or session.asked.get(uri) is cursor.document:
         return
     number = session.latest.get(uri, 0)
     try:
         if not s.secrets and await session.in_worker(session.privacy.reason, uri):
             return
         prompt = await session.in_worker(partial(build_prompt, session, cursor.document, cursor.offset))
-        if session.latest.get(uri, 0) != number or session.documents.get(uri) is not cursor.document:
-            return
-        session.stop(uri)
-        session.streams[uri] = await session.in_worker(session.engine.submit, prompt, SamplingParams(max_tokens=0), Priority.PREFETCH)
+        if session.latest.get(uri, 0) == number and session.documents.get(uri) is cursor.document:
+            await _begin(session, cursor, prompt, None, Priority.PREFETCH)
     except EngineError:
         pass   # the request itself will meet the same error and report it

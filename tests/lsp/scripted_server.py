@@ -31,7 +31,8 @@ def suggest(params: dict) -> dict:
     if before.startswith(known) and 0 < len(rest) < len(text):
         counts = {"source": "type-through", "first_token_ms": None, "total_ms": 0.25, "stats": {}}
     else:
-        stats = {"prompt_tokens": 100, "reused_tokens": 90, "computed_tokens": 10, "generated_tokens": 11}
+        stats = {"prompt_tokens": 100, "reused_tokens": 90, "computed_tokens": 10, "generated_tokens": 11,
+                 "tokens_per_second": 200.0}
         rest, counts = SUGGESTION, {"source": "model", "first_token_ms": 2.0, "total_ms": 52.0, "stats": stats}
         asked[uri] = (before, rest)
     last.clear()

@@ -48,7 +48,13 @@ async def test_times_are_the_clients_split_by_the_server(tmp_path):
     assert (sample.kind, a.text, a.source) == ("cold", "ABCDEF", "model")
     assert (a.prompt_tokens, a.reused_tokens, a.computed_tokens, a.generated_tokens) == (100, 90, 10, 11)
     assert 0 < a.answer_ms < elapsed
-    assert a.decode_ms == 50.0 and a.first_token_ms == a.answer_ms - 50.0
+    assert a.tokens_per_second == 200.0 and a.first_token_ms == a.answer_ms - 50.0
+
+
+async def test_a_request_waits_as_the_editor_does_and_the_wait_does_not_count(tmp_path):
+    began = perf_counter()
+    recording, _ = await play([key("cold", (0, 3), "x", ask_after_ms=400)], tmp_path)
+    assert 1e3 * (perf_counter() - began) > 400 and recording.samples[0].answer.answer_ms < 300 and recording.samples[0].at_s >= 0.4
 
 
 async def test_suggested_text_is_taken_back_before_the_next_recorded_key(tmp_path):
@@ -249,9 +255,9 @@ def test_report_of_fixed_samples():
         return Sample("t", "a.py", kind, 0.0, Answer("x", first, answer, **more))
 
     recording = Recording([
-        sample("cold", 900.0, 1000.0, prompt_tokens=1000, computed_tokens=1000, generated_tokens=21, decode_ms=100.0),
-        sample("same line", 30.0, 130.0, prompt_tokens=1001, reused_tokens=1000, computed_tokens=1, generated_tokens=21, decode_ms=50.0),
-        sample("same line", 50.0, 150.0, prompt_tokens=1002, reused_tokens=1000, computed_tokens=2, generated_tokens=3, decode_ms=1.0),
+        sample("cold", 900.0, 1000.0, prompt_tokens=1000, computed_tokens=1000, generated_tokens=21, tokens_per_second=200.0),
+        sample("same line", 30.0, 130.0, prompt_tokens=1001, reused_tokens=1000, computed_tokens=1, generated_tokens=21, tokens_per_second=400.0),
+        sample("same line", 50.0, 150.0, prompt_tokens=1002, reused_tokens=1000, computed_tokens=2, generated_tokens=3, tokens_per_second=9999.0),
         sample("type-through", 0.9, 0.9, source="type-through", server_ms=0.2),
     ], idle_ms=[4.0, 8.0], requests=6, seconds=2.5)
     run = report.run("x", {}, recording)

@@ -18,6 +18,7 @@ SOURCES = Path(__file__).with_name("sources")
 TRACES = Path(__file__).parents[3] / "lsp_server" / "bench" / "traces"
 LANGUAGES = {".py": "python", ".ts": "typescript", ".rs": "rust", ".go": "go", ".c": "c", ".h": "c"}
 KEY_MS, BURST_MS, THINK_MS = 70, 30, 150   # a key looked at, a key of a burst, a decision
+ASK_MS = 40                                # VS Code asks that long after a key, other editors later; keys of a burst are asked for at once
 
 
 class Recorder:
@@ -105,6 +106,8 @@ class Recorder:
         event: dict[str, object] = {"document": self.document, "kind": kind, "pause_ms": pause_ms, **more}
         if wait is False:
             event["wait"] = False
+        else:
+            event["ask_after_ms"] = ASK_MS
         self.events.append(event)
 
     def json(self) -> str:
