@@ -11,7 +11,7 @@ from lsprotocol import types
 from pygls.lsp.server import LanguageServer
 
 from inference_pio.lsp_server.features.inline_completion import begin_ahead, complete
-from inference_pio.lsp_server.features.status import explain, status
+from inference_pio.lsp_server.features.status import explain, models, status
 from inference_pio.lsp_server.generation import Cursor
 from inference_pio.lsp_server.protocol import Protocol, claim_stdout
 from inference_pio.lsp_server.session import OpenEngine, Session, open_engine
@@ -42,6 +42,7 @@ class Server(LanguageServer):
             (types.TEXT_DOCUMENT_INLINE_COMPLETION, self.on_inline_completion, types.InlineCompletionOptions()),
             (types.TEXT_DOCUMENT_COMPLETION, self.on_completion, types.CompletionOptions(trigger_characters=[".", "(", " "])),
             ("pio/status", lambda params: status(self.session), None),
+            ("pio/models", self.on_models, None),
             ("pio/measure", self.on_measure, None),
             ("pio/explain", lambda params: explain(self.session), None),
             # What Copilot's clients send; accepting is seen as a change, and nothing is logged.
@@ -192,6 +193,9 @@ class Server(LanguageServer):
         return types.CompletionList(is_incomplete=True, items=[types.CompletionItem(
             label=first + (" …" if "\n" in text else ""), kind=types.CompletionItemKind.Snippet, detail="pio", filter_text=word + text,
             sort_text="0", text_edit=edit, documentation=text)])
+
+    def on_models(self, params: Any):
+        return (yield self.session.in_worker, (models,), None)
 
     def on_measure(self, params: Any):
         return (yield self._measure, (), None)

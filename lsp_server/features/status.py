@@ -20,6 +20,13 @@ def status(session: Session) -> dict[str, Any]:
     return answer
 
 
+def models() -> list[dict[str, Any]]:
+    """`pio/models`: what can be selected by name. Looks at the disk: not for the event loop."""
+    from inference_pio.engine import list_models
+
+    return [{"name": m.name, "description": m.description, "onDisk": m.on_disk is not None, "bytes": m.disk_bytes} for m in list_models()]
+
+
 def explain(session: Session) -> dict[str, Any]:
     """`pio.explain`: why the last request showed what it showed, with the prompt the model saw."""
     if session.last is None:

@@ -1,10 +1,13 @@
-"""An LSP server that suggests what a test tells it to: SUGGESTION after an optional delay, and logs the methods it sees to LOG."""
+"""An LSP server that suggests what a test tells it to: SUGGESTION after an optional delay, logs the methods it sees to LOG and its process to LOG.pid."""
 
 import json
+import os
 import sys
 import time
+from pathlib import Path
 
 suggestion, delay, log = sys.argv[1].encode().decode("unicode_escape"), float(sys.argv[2]), open(sys.argv[3], "a", buffering=1)
+Path(sys.argv[3] + ".pid").write_text(str(os.getpid()))
 
 
 def read():
@@ -25,7 +28,9 @@ while message := read():
     method = message.get("method")
     log.write(f"{method}\n")
     if method == "initialize":
-        send({"id": message["id"], "result": {"capabilities": {"textDocumentSync": 2, "inlineCompletionProvider": {}, "positionEncoding": "utf-8"}}})
+        encoding = message["params"]["capabilities"]["general"]["positionEncodings"][0]
+        capabilities = {"textDocumentSync": 2, "inlineCompletionProvider": {}, "positionEncoding": encoding}
+        send({"id": message["id"], "result": {"capabilities": capabilities, "serverInfo": {"name": "scripted", "version": "0.1.0"}}})
     elif method == "textDocument/inlineCompletion":
         time.sleep(delay)
         here = message["params"]["position"]

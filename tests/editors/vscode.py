@@ -1,0 +1,182 @@
+"""A real VS Code (code-server) in a real browser, driven as a person would: keys, clicks, and the file on the disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+from playwright.sync_api import Frame, Locator, Playwright
+
+ROOT = Path(__file__).parents[2]
+INSTALLED = ROOT / "build" / "vscode"          # by install_vscode.sh
+SHOTS = INSTALLED / "screenshots"
+SERVER = [sys.executable, "-m", "inference_pio.lsp_server"]
+_ENTRY = INSTALLED / "node_modules" / "code-server" / "out" / "node" / "entry.js"
+_QUIET = {
+    "workbench.startupEditor": "none", "security.workspace.trust.enabled": False, "telemetry.telemetryLevel": "off", "update.mode": "none",
+    "extensions.autoCheckUpdates": False, "extensions.autoUpdate": False, "workbench.enableExperiments": False, "workbench.tips.enabled": False,
+    "workbench.secondarySideBar.defaultVisibility": "hidden", "editor.wordBasedSuggestions": "off", "editor.autoClosingBrackets": "never",
+    "editor.quickSuggestions": {"other": "off", "comments": "off", "strings": "off"}, "editor.minimap.enabled": False, "files.autoSave": "off",
+    "editor.autoIndent": "none", "workbench.colorTheme": "Default Dark Modern",
+}
+
+
+class VSCode:
+    """Opens a workspace with `files` in it; `command` starts the server. The extension is the packaged one."""
+
+    def __init__(self, playwright: Playwright, folder: Path, files: dict[str, str], command: list[str] | None = None,
+                 settings: dict | None = None, viewport: tuple[int, int] = (1200, 750)):
+        self.workspace, self._data, extensions = folder / "workspace", folder / "data", folder / "extensions"
+        self.workspace.mkdir()
+        for name, text in files.items():
+            (self.workspace / name).write_text(text)
+        self.settings = {**_QUIET, **(settings or {})}
+        self.write_settings()
+        machine = self._data / "Machine" / "settings.json"   # paths of programs belong to the machine, not to the person
+        machine.parent.mkdir()
+        machine.write_text(json.dumps({"pio.command": command or SERVER}))
+        node = INSTALLED / "node" / "bin" / "node"
+        common = [node, _ENTRY, "--extensions-dir", extensions, "--user-data-dir", self._data, "--config", folder / "config.yaml"]
+        subprocess.run([*common, "--install-extension", INSTALLED / "pio.vsix"], check=True, capture_output=True, timeout=120)
+        port = _free_port()
+        self._log = (folder / "code-server.log").open("w")
+        self.process = subprocess.Popen(
+            [*common, "--auth", "none", "--bind-addr", f"127.0.0.1:{port}", "--disable-telemetry", "--disable-update-check",
+             "--disable-workspace-trust", "--disable-getting-started-override", self.workspace],
+            stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, start_new_session=True)
+        address = f"http://127.0.0.1:{port}"
+        wait(lambda: _healthy(address), "code-server answers")
+        self._browser = playwright.chromium.launch(executable_path="/usr/bin/chromium",
+                                                   args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"])
+        width, height = viewport
+        self.page = self._browser.new_page(viewport={"width": width, "height": height})
+        self.foreign: list[str] = []   # what the pages asked of other machines
+        self.page.on("request", lambda request: self._seen(request.url))
+        self.page.goto(f"{address}/?folder={self.workspace}")
+        self.page.wait_for_selector(".monaco-workbench", timeout=60_000)
+
+    def _seen(self, url: str) -> None:
+        if url.startswith("http") and "127.0.0.1" not in url and "open-vsx.org" not in url:   # VS Code's own gallery
+            self.foreign.append(url)
+
+    def write_settings(self, **changes) -> None:
+        """Also while it runs: VS Code watches the file."""
+        self.settings |= changes
+        path = self._data / "User" / "settings.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.settings))
+
+    def open(self, name: str) -> None:
+        self.page.dblclick(f'.explorer-folders-view .monaco-list-row:has-text("{name}")')
+        self.page.wait_for_selector(f'.tab.active:has-text("{name}")')
+        self.page.click(".editor-instance .monaco-editor .view-lines")
+
+    def ready(self, seconds: float = 120) -> str:
+        """The status bar's text, once the model is loaded."""
+        text = wait(lambda: (t := self.status_bar()) and ("·" in t or self.problem()) and t, "the model is loaded", seconds, self)
+        assert not self.problem(), self.problem()
+        return text
+
+    def status_bar(self) -> str:
+        item = self.page.locator('.statusbar-item[id*="pio.status"]')
+        return (item.first.text_content() or "").replace("\u00a0", " ") if item.count() else ""
+
+    def problem(self) -> str:
+        """The status bar's tooltip, where it shows an error."""
+        item = self.page.locator('.statusbar-item.error-kind[id*="pio.status"] a')
+        return item.first.get_attribute("aria-label") or "" if item.count() else ""
+
+    def type(self, text: str, delay: float = 0) -> None:
+        self.page.keyboard.type(text, delay=delay)
+
+    def press(self, *keys: str) -> None:
+        for key in keys:
+            self.page.keyboard.press(key)
+
+    @property
+    def ghost(self) -> Locator:
+        return self.page.locator(".ghost-text, .ghost-text-decoration")
+
+    def ghost_text(self, seconds: float = 30) -> list[str]:
+        """The pieces shown, once there are any: the rest of the cursor's line and those below, in the order of the page."""
+        wait(lambda: self.ghost.count(), "ghost text", seconds, self)
+        return [text.replace("\u00a0", " ") for text in self.ghost.all_text_contents()]
+
+    def command(self, title: str) -> None:
+        self.page.keyboard.press("F1")
+        self.page.wait_for_selector(".quick-input-widget input")
+        self.page.keyboard.type(title)
+        self.page.wait_for_selector(f'.quick-input-list .monaco-list-row.focused:has-text("{title}")')
+        self.page.keyboard.press("Enter")
+
+    def saved(self, name: str) -> str:
+        """Press Ctrl+S and read the file: the editor's own lines would also hold ghost text."""
+        path = self.workspace / name
+        before = path.stat().st_mtime_ns
+        self.page.keyboard.press("Control+s")
+        wait(lambda: path.stat().st_mtime_ns != before, f"{name} is saved", 10, self)
+        time.sleep(0.05)
+        return path.read_text()
+
+    def frame(self, selector: str) -> Frame:
+        """The webview that holds an element: it stands two frames deep."""
+        return wait(lambda: next((f for f in self.page.frames if _holds(f, selector)), None), f"a frame with {selector}", 30, self)
+
+    def shot(self, name: str) -> Path:
+        SHOTS.mkdir(exist_ok=True)
+        path = SHOTS / f"{name}.png"
+        self.page.screenshot(path=path)
+        return path
+
+    def close(self) -> None:
+        self._browser.close()
+        os.killpg(self.process.pid, signal.SIGTERM)
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        self._log.close()
+
+
+def wait(condition, what: str, seconds: float = 60, editor: VSCode | None = None):
+    """The first true value of condition(); a screenshot tells what was there instead."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := condition():
+            return value
+        if editor:
+            editor.page.wait_for_timeout(15)
+        else:
+            time.sleep(0.02)
+    if editor:
+        print("screenshot:", editor.shot("failed"))
+    raise AssertionError(f"not within {seconds:.0f} s: {what}")
+
+
+def _holds(frame: Frame, selector: str) -> bool:
+    try:
+        return frame.locator(selector).count() > 0
+    except Exception:   # it is being replaced
+        return False
+
+
+def _healthy(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/healthz", timeout=1) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
