@@ -3,76 +3,76 @@
  * A block computes 128 x 128 of the output: 8 warps of 64 x 32, columns in steps of 64 through three stages of shared memory. Rows of
  * a stage are 128 bytes; their 16-byte pieces are permuted by the row's number so that ldmatrix reads without bank conflicts. */
 #include "linear.cuh"
+#include "mma.cuh"
 
 namespace {
 constexpr int M = 128, N = 128, K = 64, STAGES = 3, THREADS = 256;
-constexpr int STAGE_BYTES = (M + N) * K * 2;
+constexpr int STAGE = (M + N) * K, STAGE_BYTES = STAGE * 2;
 
-__device__ inline uint32_t shared_address(const void *at) { return (uint32_t)__cvta_generic_to_shared(at); }
+/* Where piece (8 values) `piece` of row `row` lies in a stage's half. */
+__device__ inline int place(int row, int piece) { return row * K + ((piece ^ (row & 7)) << 3); }
 
-__device__ inline void copy_piece(void *to, const void *from, bool there) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0) : "memory");
-}
+/* A thread copies the same piece of every 32nd row of both operands; its addresses only move along the columns. */
+struct Loader {
+    const __nv_bfloat16 *from[(M + N) / 32];
+    uint32_t there;
+    int to, column;
+    int64_t k;
 
-__device__ inline void load_four(uint32_t (&to)[4], uint32_t from) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(from) : "memory");
-}
-
-__device__ inline void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-/* Byte of piece (16 bytes) `piece` of row `row` in a stage's half. */
-__device__ inline int place(int row, int piece) { return row * K * 2 + ((piece ^ (row & 7)) << 4); }
-
-__device__ inline void load_stage(unsigned char *stage, const __nv_bfloat16 *x, const __nv_bfloat16 *w, int64_t m0, int64_t n0, int64_t k0, int64_t m, int64_t n,
-                                  int64_t k) {
+    __device__ Loader(const __nv_bfloat16 *x, const __nv_bfloat16 *w, int64_t m0, int64_t n0, int64_t m, int64_t n, int64_t k_) : there(0), k(k_) {
+        const int row = threadIdx.x / 8;
+        column = threadIdx.x % 8 * 8;
+        to = place(row, threadIdx.x % 8);   /* 32 rows further down the permutation is the same */
 #pragma unroll
-    for (int i = threadIdx.x; i < (M + N) * K / 8; i += THREADS) {
-        int row = i / (K / 8), piece = i % (K / 8);
-        bool left = row < M;
-        int local = left ? row : row - M;
-        int64_t at = (left ? m0 : n0) + local, column = k0 + piece * 8;
-        bool there = at < (left ? m : n) && column < k;
-        const __nv_bfloat16 *from = (left ? x : w) + (there ? at * k + column : 0);
-        copy_piece(stage + (left ? 0 : M * K * 2) + place(local, piece), from, there);
+        for (int i = 0; i < (M + N) / 32; i++) {
+            const bool left = i < M / 32;
+            int64_t at = (left ? m0 + 32 * i : n0 + 32 * (i - M / 32)) + row;
+            bool inside = at < (left ? m : n);
+            there |= (uint32_t)inside << i;
+            from[i] = (left ? x : w) + (inside ? at * k : 0) + column;
+        }
     }
-}
+    __device__ void load(__nv_bfloat16 *stage, int64_t k0) const {
+        const bool inside = k0 + column < k;
+#pragma unroll
+        for (int i = 0; i < (M + N) / 32; i++) {
+            const bool copied = inside && (there >> i & 1);
+            copy_async(stage + 32 * i * K + to, copied ? from[i] + k0 : from[i], copied);
+        }
+        copy_commit();
+    }
+};
 
 template <bool F32, bool SUM> __global__ void __launch_bounds__(THREADS, 2)
 gemm_kernel(void *out, int64_t out_cols, const __nv_bfloat16 *x, const __nv_bfloat16 *w, int64_t m, int64_t n, int64_t k) {
-    extern __shared__ __align__(128) unsigned char stages[];
+    extern __shared__ __align__(128) unsigned char memory[];
+    __nv_bfloat16 *stages = reinterpret_cast<__nv_bfloat16 *>(memory);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warp_m = warp / 4 * 64, warp_n = warp % 4 * 32;
     const int64_t m0 = blockIdx.x * (int64_t)M, n0 = blockIdx.y * (int64_t)N, steps = (k + K - 1) / K;
+    const Loader loader(x, w, m0, n0, m, n, k);
     wait_for_inputs();
     launch_dependents();
     float sum[4][4][4] = {};
-    for (int s = 0; s < STAGES - 1; s++) {
-        if (s < steps) load_stage(stages + s * STAGE_BYTES, x, w, m0, n0, (int64_t)s * K, m, n, k);
-        asm volatile("cp.async.commit_group;" ::: "memory");
-    }
+    for (int s = 0; s < STAGES - 1; s++) loader.load(stages + s * STAGE, (int64_t)s * K);   /* beyond the last column: zeros */
     for (int64_t step = 0; step < steps; step++) {
-        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
+        copy_wait<STAGES - 2>();
         __syncthreads();
-        int64_t ahead = step + STAGES - 1;
-        if (ahead < steps) load_stage(stages + ahead % STAGES * STAGE_BYTES, x, w, m0, n0, ahead * K, m, n, k);
-        asm volatile("cp.async.commit_group;" ::: "memory");
-        const uint32_t left = shared_address(stages + step % STAGES * STAGE_BYTES), right = left + M * K * 2;
+        loader.load(stages + (step + STAGES - 1) % STAGES * STAGE, (step + STAGES - 1) * K);
+        const __nv_bfloat16 *left = stages + step % STAGES * STAGE, *right = left + M * K;
 #pragma unroll
         for (int kk = 0; kk < K / 16; kk++) {
             uint32_t a[4][4], b[2][4];
 #pragma unroll
-            for (int i = 0; i < 4; i++) load_four(a[i], left + place(warp_m + 16 * i + lane % 16, 2 * kk + lane / 16));
+            for (int i = 0; i < 4; i++) load_matrices(a[i], left + place(warp_m + 16 * i + lane % 16, 2 * kk + lane / 16));
 #pragma unroll
-            for (int j = 0; j < 2; j++) load_four(b[j], right + place(warp_n + 16 * j + lane / 16 * 8 + lane % 8, 2 * kk + lane / 8 % 2));
+            for (int j = 0; j < 2; j++) load_matrices(b[j], right + place(warp_n + 16 * j + lane / 16 * 8 + lane % 8, 2 * kk + lane / 8 % 2));
 #pragma unroll
             for (int i = 0; i < 4; i++)
 #pragma unroll
-                for (int j = 0; j < 4; j++) multiply(sum[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+                for (int j = 0; j < 4; j++) mma(sum[i][j], a[i], b[j / 2] + j % 2 * 2);
         }
     }
+    copy_wait<0>();
 #pragma unroll
     for (int i = 0; i < 4; i++)
 #pragma unroll

@@ -1,8 +1,9 @@
 /* Products of up to 16 rows of activations: memory-bound, so each weight is read once, in 16-byte pieces, by one warp for each row of
  * the matrix. The first pieces are requested before the kernel waits for its predecessor: weights never change. */
 #include "linear.cuh"
+#include "mma.cuh"
 
-enum { WARPS = 4 };
+enum { WARPS = 8 };
 
 __device__ inline void find_part(const Product &p, int64_t &row, int &part) {
     part = 0;
@@ -80,17 +81,14 @@ template <int CHUNK> __device__ inline void inputs_at(const Inputs &x, int64_t a
     }
 }
 
-template <int D, int T, int R> __global__ void __launch_bounds__(WARPS * 32) float_gemv(Product p, Inputs x) {
-    constexpr int CHUNK = chunk_values<D>(), AHEAD = R == 2 ? 2 : 4;
-    launch_dependents();
-    const int lane = threadIdx.x % 32;
-    int64_t row = blockIdx.x * (int64_t)WARPS + threadIdx.x / 32;
-    const bool there = row < (R == 2 ? p.parts[0].rows : p.rows);
-    const int64_t chunks = p.cols / CHUNK;
-    int part = 0;
+/* A warp's row of the matrix (or pair of rows: gate and up). */
+template <int D, int R> struct FloatRows {
     const uint4 *weights[R];
     const float *scales[R];
-    if (there) {
+    int part;
+
+    __device__ void find(const Product &p, int64_t row, int64_t chunks) {
+        part = 0;
         if (R == 1) find_part(p, row, part);
 #pragma unroll
         for (int r = 0; r < R; r++) {
@@ -99,6 +97,15 @@ template <int D, int T, int R> __global__ void __launch_bounds__(WARPS * 32) flo
             scales[r] = D == TOPS_FP8_E4M3 && m.fp8_scales ? m.fp8_scales + row / 128 * ((p.cols + 127) / 128) : nullptr;
         }
     }
+};
+
+template <int D, int T, int R> __global__ void __launch_bounds__(WARPS * 32) float_gemv(Product p, Inputs x) {
+    constexpr int CHUNK = chunk_values<D>(), AHEAD = R == 2 ? 2 : 4;
+    launch_dependents();
+    const int lane = threadIdx.x % 32;
+    const int64_t rows = R == 2 ? p.parts[0].rows : p.rows, chunks = p.cols / CHUNK, step = gridDim.x * (int64_t)WARPS;
+    int64_t row = blockIdx.x * (int64_t)WARPS + threadIdx.x / 32;
+    FloatRows<D, R> at;
     uint4 raw[R][AHEAD];
     auto request = [&](int64_t base) {
 #pragma unroll
@@ -106,51 +113,64 @@ template <int D, int T, int R> __global__ void __launch_bounds__(WARPS * 32) flo
 #pragma unroll
             for (int a = 0; a < AHEAD; a++) {
                 int64_t c = base + a * 32 + lane;
-                raw[r][a] = there && c < chunks ? __ldcs(weights[r] + c) : make_uint4(0, 0, 0, 0);
+                raw[r][a] = row < rows && c < chunks ? __ldcs(at.weights[r] + c) : make_uint4(0, 0, 0, 0);
             }
     };
+    if (row < rows) at.find(p, row, chunks);
     request(0);
     wait_for_inputs();
-    if (!there) return;
-    float sum[R][T] = {};
-    for (int64_t base = 0; base < chunks; base += AHEAD * 32) {
-        uint4 now[R][AHEAD];
+    while (row < rows) {
+        const FloatRows<D, R> here = at;
+        const int64_t this_row = row;
+        float sum[R][T] = {};
+        for (int64_t base = 0; base < chunks; base += AHEAD * 32) {
+            uint4 now[R][AHEAD];
 #pragma unroll
-        for (int r = 0; r < R; r++)
+            for (int r = 0; r < R; r++)
 #pragma unroll
-            for (int a = 0; a < AHEAD; a++) now[r][a] = raw[r][a];
-        request(base + AHEAD * 32);
+                for (int a = 0; a < AHEAD; a++) now[r][a] = raw[r][a];
+            if (base + AHEAD * 32 < chunks) {
+                request(base + AHEAD * 32);
+            } else {   /* the next row's first pieces travel while this row ends */
+                row += step;
+                if (row < rows) at.find(p, row, chunks);
+                request(0);
+            }
 #pragma unroll
-        for (int a = 0; a < AHEAD; a++) {
-            int64_t c = base + a * 32 + lane;
-            if (c >= chunks) break;
-            float w[R][CHUNK];
+            for (int a = 0; a < AHEAD; a++) {
+                int64_t c = base + a * 32 + lane;
+                if (c >= chunks) break;
+                float w[R][CHUNK];
 #pragma unroll
-            for (int r = 0; r < R; r++) {
-                chunk_floats<D>(now[r][a], w[r]);
-                if (D == TOPS_FP8_E4M3) {
-                    float scale = 256.0f * (scales[r] ? scales[r][c * CHUNK / 128] : 1.0f);
+                for (int r = 0; r < R; r++) {
+                    chunk_floats<D>(now[r][a], w[r]);
+                    if (D == TOPS_FP8_E4M3) {
+                        float scale = 256.0f * (here.scales[r] ? here.scales[r][c * CHUNK / 128] : 1.0f);
 #pragma unroll
-                    for (int i = 0; i < CHUNK; i++) w[r][i] *= scale;
+                        for (int i = 0; i < CHUNK; i++) w[r][i] *= scale;
+                    }
+                }
+#pragma unroll
+                for (int t = 0; t < T; t++) {
+                    if (t >= p.n) break;
+                    float v[CHUNK];
+                    inputs_at<CHUNK>(x, t * p.cols + c * CHUNK, v);
+#pragma unroll
+                    for (int r = 0; r < R; r++)
+#pragma unroll
+                        for (int i = 0; i < CHUNK; i++) sum[r][t] += w[r][i] * v[i];
                 }
             }
-#pragma unroll
-            for (int t = 0; t < T; t++) {
-                if (t >= p.n) break;
-                float v[CHUNK];
-                inputs_at<CHUNK>(x, t * p.cols + c * CHUNK, v);
-#pragma unroll
-                for (int r = 0; r < R; r++)
-#pragma unroll
-                    for (int i = 0; i < CHUNK; i++) sum[r][t] += w[r][i] * v[i];
-            }
         }
-    }
+        int64_t local = this_row;
+        int part = 0;
+        if (R == 1) find_part(p, local, part);
 #pragma unroll
-    for (int t = 0; t < T; t++) {
-        if (t >= p.n) break;
-        float first = warp_sum(sum[0][t]), second = R == 2 ? warp_sum(sum[R - 1][t]) : 0.0f;
-        if (lane == 0) finish(p, p.first_row[part] + row, t, first, second);
+        for (int t = 0; t < T; t++) {
+            if (t >= p.n) break;
+            float first = warp_sum(sum[0][t]), second = R == 2 ? warp_sum(sum[R - 1][t]) : 0.0f;
+            if (lane == 0) finish(p, p.first_row[part] + local, t, first, second);
+        }
     }
 }
 
@@ -177,33 +197,48 @@ template <int D> __global__ void __launch_bounds__(WARPS * 32) plain_gemv(Produc
 template <int D, int T, int R, bool INTEGERS> __global__ void __launch_bounds__(WARPS * 32) block_gemv(Product p, Inputs x) {
     launch_dependents();
     const int lane = threadIdx.x % 32;
-    int64_t row = blockIdx.x * (int64_t)WARPS + threadIdx.x / 32;
-    const bool there = row < (R == 2 ? p.parts[0].rows : p.rows);
-    const int64_t blocks = p.cols / 32;
+    const int64_t rows = R == 2 ? p.parts[0].rows : p.rows, blocks = p.cols / 32, step = gridDim.x * (int64_t)WARPS;
+    int64_t row = blockIdx.x * (int64_t)WARPS + threadIdx.x / 32, local = row;
     int part = 0;
-    if (there && R == 1) find_part(p, row, part);
     uint32_t next[R][8];
+    float2 next_first[R], next_second[R];
     auto request = [&](int64_t b) {
-        if (there && b < blocks)
+        if (row >= rows || b >= blocks) return;
 #pragma unroll
-            for (int r = 0; r < R; r++) load_codes<D>(p.parts[R == 2 ? r : part], row * blocks + b, next[r]);
+        for (int r = 0; r < R; r++) {
+            const Matrix &m = p.parts[R == 2 ? r : part];
+            load_codes<D>(m, local * blocks + b, next[r]);
+            next_first[r] = affine<D>(m, local * blocks + b, 0);
+            next_second[r] = D == TOPS_Q6_K ? affine<D>(m, local * blocks + b, 1) : next_first[r];
+        }
     };
+    if (R == 1 && row < rows) find_part(p, local, part);
     request(lane);
     wait_for_inputs();
-    if (!there) return;
+    while (row < rows) {
+    const int64_t place = p.first_row[part] + local;
     float sum[R][T] = {};
-    for (int64_t b = lane; b < blocks; b += 32) {
+    for (int64_t base = 0; base < blocks; base += 32) {
+        const int64_t b = base + lane;
         uint32_t codes[R][8];
         float2 first[R], second[R];
 #pragma unroll
         for (int r = 0; r < R; r++) {
-            const Matrix &m = p.parts[R == 2 ? r : part];
 #pragma unroll
             for (int i = 0; i < 8; i++) codes[r][i] = next[r][i];
-            first[r] = affine<D>(m, row * blocks + b, 0);
-            second[r] = D == TOPS_Q6_K ? affine<D>(m, row * blocks + b, 1) : first[r];
+            first[r] = next_first[r];
+            second[r] = next_second[r];
         }
-        request(b + 32);
+        if (base + 32 < blocks) {
+            request(b + 32);
+        } else {   /* the next row's first blocks travel while this row ends */
+            row += step;
+            local = row;
+            part = 0;
+            if (R == 1 && row < rows) find_part(p, local, part);
+            request(lane);
+        }
+        if (b >= blocks) continue;
         if (INTEGERS) {
 #pragma unroll
             for (int r = 0; r < R; r++)
@@ -260,7 +295,8 @@ template <int D, int T, int R, bool INTEGERS> __global__ void __launch_bounds__(
     for (int t = 0; t < T; t++) {
         if (t >= p.n) break;
         float one = warp_sum(sum[0][t]), two = R == 2 ? warp_sum(sum[R - 1][t]) : 0.0f;
-        if (lane == 0) finish(p, p.first_row[part] + row, t, one, two);
+        if (lane == 0) finish(p, place, t, one, two);
+    }
     }
 }
 
@@ -271,28 +307,101 @@ template <int D, int T, int R, bool INTEGERS> __global__ void __launch_bounds__(
         else { constexpr int T = 16; __VA_ARGS__; } \
     } while (0)
 
+/* ---- bf16 for 2 to 16 rows of activations: tensor cores fed straight from memory ----
+ *
+ * A block takes 16 rows of the matrix (8 of gate and 8 of up), its warps a share of the columns each. A lane loads 8 neighbouring
+ * weights of one row and the same columns of two rows of activations; the product sums over columns in any order, so what lies side
+ * by side in memory can stand where mma wants it, and nothing goes through shared memory but the warps' sums. */
+__global__ void __launch_bounds__(WARPS * 32) few_rows(Product p, const __nv_bfloat16 *x) {
+    constexpr int AHEAD = 4;
+    __shared__ float sums[WARPS][2][32][4];
+    launch_dependents();
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const bool pair = p.mode == GATE_UP;
+    const int64_t chunks = p.cols / 32, share = (chunks + WARPS - 1) / WARPS, from = warp * share, until = min(chunks, from + share);
+    const uint4 *weights[2];
+    bool there[2];
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        int64_t row = blockIdx.x * (pair ? (int64_t)8 : (int64_t)16) + lane / 4 + (pair ? 0 : 8 * r), local = row;
+        int part = r;
+        there[r] = row < (pair ? p.parts[0].rows : p.rows);
+        if (!pair) find_part(p, local, part);
+        weights[r] = reinterpret_cast<const uint4 *>(p.parts[part].low) + (there[r] ? local * (p.cols / 8) : 0) + lane % 4;
+    }
+    uint4 raw[AHEAD][2];
+    auto request = [&](int a, int64_t c) {
+#pragma unroll
+        for (int r = 0; r < 2; r++) raw[a][r] = there[r] && c < until ? __ldcs(weights[r] + 4 * c) : make_uint4(0, 0, 0, 0);
+    };
+#pragma unroll
+    for (int a = 0; a < AHEAD; a++) request(a, from + a);
+    wait_for_inputs();
+    const int t0 = lane / 4, t1 = t0 + 8;
+    const uint4 *first = reinterpret_cast<const uint4 *>(x + min((int64_t)t0, p.n - 1) * p.cols) + lane % 4;
+    const uint4 *second = reinterpret_cast<const uint4 *>(x + min((int64_t)t1, p.n - 1) * p.cols) + lane % 4;
+    float sum[2][4] = {};
+    for (int64_t base = from; base < until; base += AHEAD) {
+#pragma unroll
+        for (int a = 0; a < AHEAD; a++) {
+            if (base + a >= until) break;
+            uint4 upper = first[4 * (base + a)], lower = second[4 * (base + a)];
+            const uint32_t left[2][4] = {{upper.x, lower.x, upper.y, lower.y}, {upper.z, lower.z, upper.w, lower.w}};
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                const uint32_t right[4] = {raw[a][r].x, raw[a][r].y, raw[a][r].z, raw[a][r].w};
+                mma(sum[r], left[0], right);
+                mma(sum[r], left[1], right + 2);
+            }
+            request(a, base + a + AHEAD);
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; r++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) sums[warp][r][lane][e] = sum[r][e];
+    __syncthreads();
+    /* Element e of a sum: token lane / 4 + 8 (e / 2), row of the matrix lane % 4 * 2 + e % 2. */
+    for (int i = threadIdx.x; i < (pair ? 128 : 256); i += WARPS * 32) {
+        const int r = i / 128, from_lane = i % 128 / 4, e = i % 4, t = from_lane / 4 + e / 2 * 8, row = from_lane % 4 * 2 + e % 2;
+        float total = 0, up = 0;
+        for (int w = 0; w < WARPS; w++) {
+            total += sums[w][r][from_lane][e];
+            if (pair) up += sums[w][1][from_lane][e];
+        }
+        int64_t place = blockIdx.x * (pair ? (int64_t)8 : (int64_t)16) + row + 8 * r;
+        if (t < p.n && place < (pair ? p.parts[0].rows : p.rows)) finish(p, place, t, total, up);
+    }
+}
+
 int gemv(tops_stream *stream, const Product &product, const Inputs &x, int dtype) {
     const bool pair = product.mode == GATE_UP;
-    dim3 grid((unsigned)ceil_div(pair ? product.parts[0].rows : product.rows, WARPS)), block(WARPS * 32);
-    if (grid.x == 0) return TOPS_OK;
+    const int64_t rows = pair ? product.parts[0].rows : product.rows, needed = ceil_div(rows, WARPS);
+    if (rows == 0) return TOPS_OK;
     int status = TOPS_OK;
-    if (is_quantised(dtype)) {
-        BY_TOKENS(product.n, {
+    dim3 block(WARPS * 32);
+    if (!is_quantised(dtype) && (product.cols * value_bytes(dtype) % 16 || product.cols % 16)) {
+        BY_FLOAT(dtype, status = launch(stream, plain_gemv<D>, dim3((unsigned)needed, (unsigned)product.n), block, 0, 1, product, x))
+        return status;
+    }
+    /* Rows of the output are the rows of the parts one after the other, from row 0 on. */
+    if (dtype == TOPS_BF16 && x.bf16 && product.n > 1 && product.cols % 32 == 0 && product.first_row[0] == 0)
+        return launch(stream, few_rows, dim3((unsigned)ceil_div(rows, pair ? 8 : 16)), block, 0, 1, product, x.bf16);
+    /* Every warp gets the same number of rows, and two blocks stand on a processor at once: the next kernel's find room beside them
+     * and request their first weights while these still run. */
+    const int64_t rounds = ceil_div(needed, 132 * 2);
+    dim3 grid((unsigned)ceil_div(needed, rounds));
+    BY_TOKENS(product.n, {
+        if (is_quantised(dtype)) {
             if (x.q8 && pair) { BY_QUANTISED(dtype, status = launch(stream, block_gemv<D, T, 2, true>, grid, block, 0, 1, product, x)) }
             else if (x.q8) { BY_QUANTISED(dtype, status = launch(stream, block_gemv<D, T, 1, true>, grid, block, 0, 1, product, x)) }
             else if (pair) { BY_QUANTISED(dtype, status = launch(stream, block_gemv<D, T, 2, false>, grid, block, 0, 1, product, x)) }
             else { BY_QUANTISED(dtype, status = launch(stream, block_gemv<D, T, 1, false>, grid, block, 0, 1, product, x)) }
-        });
-        return status;
-    }
-    if (product.cols * value_bytes(dtype) % 16 || product.cols % 16) {
-        grid.y = (unsigned)product.n;
-        BY_FLOAT(dtype, status = launch(stream, plain_gemv<D>, grid, block, 0, 1, product, x))
-        return status;
-    }
-    BY_TOKENS(product.n, {
-        if (pair) { BY_FLOAT(dtype, status = launch(stream, float_gemv<D, T, 2>, grid, block, 0, 1, product, x)) }
-        else { BY_FLOAT(dtype, status = launch(stream, float_gemv<D, T, 1>, grid, block, 0, 1, product, x)) }
+        } else if (pair) {
+            BY_FLOAT(dtype, status = launch(stream, float_gemv<D, T, 2>, grid, block, 0, 1, product, x))
+        } else {
+            BY_FLOAT(dtype, status = launch(stream, float_gemv<D, T, 1>, grid, block, 0, 1, product, x))
+        }
     });
     return status;
 }

@@ -136,9 +136,7 @@ __global__ void quantize_blocks(unsigned char *out, const float *in, int64_t blo
             signed_most = x[c];
         }
     float scale = q8 ? most / 127 : signed_most / -8, inverse = scale != 0 ? 1 / scale : 0;
-    uint16_t bits = __half_as_ushort(__float2half(scale));
-    to[0] = (unsigned char)bits;
-    to[1] = (unsigned char)(bits >> 8);
+    *reinterpret_cast<__half *>(to) = __float2half(scale);   /* blocks are an even number of bytes */
     for (int c = 0; c < (q8 ? 32 : 16); c++) {
         if (q8) {
             to[2 + c] = (unsigned char)(int8_t)roundf(x[c] * inverse);

@@ -1,22 +1,12 @@
-/* Attention of prompts on tensor cores: a block takes 64 neighbouring rows of the batch that belong to one sequence and one query head,
- * and goes through the keys 32 at a time with the softmax carried along (FlashAttention-2, Dao 2023), keys and values gathered by page. */
+/* Attention of prompts on tensor cores: a block takes 128 neighbouring rows of one sequence and one query head, and goes through the
+ * keys 64 at a time with the softmax carried along (FlashAttention-2, Dao 2023). Keys and values are gathered by page into two stages
+ * of shared memory, so that the next ones travel while these are used. Few rows behind a long past are cut into spans, as in decoding. */
 #include "../cuda/attention.cuh"
+#include "../cuda/mma.cuh"
 
 namespace {
-constexpr int ROWS = 64, KEYS = 32, THREADS = 128;
+constexpr int ROWS = 128, KEYS = 64, THREADS = 256;
 
-__device__ inline uint32_t shared_address(const void *at) { return (uint32_t)__cvta_generic_to_shared(at); }
-__device__ inline void load_four(uint32_t (&to)[4], const void *from) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(shared_address(from)) : "memory");
-}
-__device__ inline void load_four_transposed(uint32_t (&to)[4], const void *from) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(shared_address(from)) : "memory");
-}
-__device__ inline void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
 __device__ inline uint32_t pair(float low, float high) {
     __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
     return *reinterpret_cast<uint32_t *>(&both);
@@ -25,16 +15,28 @@ __device__ inline uint32_t pair(float low, float high) {
 /* A row is P values; its 16-byte pieces are permuted by the row's number against bank conflicts. */
 template <int P> __device__ inline __nv_bfloat16 *place(__nv_bfloat16 *base, int row, int piece) { return base + row * P + ((piece ^ (row & 7)) << 3); }
 
+template <int P> __device__ inline void load_keys(__nv_bfloat16 *keys, const __nv_bfloat16 *cache_k, const __nv_bfloat16 *cache_v, const int32_t *pages, int at, int until,
+                                                  int kv_head, const SpanShape &s) {
+    for (int i = threadIdx.x; i < KEYS * P / 8; i += THREADS) {
+        int row = i / (P / 8), piece = i % (P / 8), position = at + row;
+        bool there = position < until;
+        int64_t from = there ? (((int64_t)pages[position >> s.page_shift] * s.g + kv_head << s.page_shift) + (position & s.page_size - 1)) * P + piece * 8 : 0;
+        copy_async(place<P>(keys, row, piece), cache_k + from, there);
+        copy_async(place<P>(keys + KEYS * P, row, piece), cache_v + from, there);
+    }
+    copy_commit();
+}
+
 template <int P> __global__ void __launch_bounds__(THREADS)
-attend_rows(__nv_bfloat16 *out, const __nv_bfloat16 *qkv, const __nv_bfloat16 *cache_k, const __nv_bfloat16 *cache_v, tops_batch batch, int h, int g, int page_size,
-            int64_t row_cols, float scale, bool gated) {
+attend_rows(__nv_bfloat16 *out, float *partial, float *maxima, float *sums, const __nv_bfloat16 *qkv, const __nv_bfloat16 *cache_k, const __nv_bfloat16 *cache_v,
+            tops_batch batch, SpanShape s) {
     extern __shared__ __align__(128) unsigned char memory[];
-    __nv_bfloat16 *queries = reinterpret_cast<__nv_bfloat16 *>(memory), *keys = queries + ROWS * P, *values = keys + KEYS * P;
+    __nv_bfloat16 *queries = reinterpret_cast<__nv_bfloat16 *>(memory), *stages = queries + ROWS * P;
     wait_for_inputs();
     launch_dependents();
-    const int head = blockIdx.x, kv_head = head / (h / g), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    /* The block's tile among the sequences' tiles of ROWS rows. */
-    int64_t sequence = 0, first = 0, end = 0, tile = blockIdx.y;
+    const int head = blockIdx.x, kv_head = head / s.heads, split = blockIdx.z, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    /* The block's tile among the sequences' tiles of ROWS rows; the last ones, which have most keys, begin first. */
+    int64_t sequence = 0, first = 0, end = 0, tile = gridDim.y - 1 - blockIdx.y;
     for (; sequence < batch.b; sequence++) {
         first = batch.query_starts[sequence];
         end = batch.query_starts[sequence + 1];
@@ -47,49 +49,46 @@ attend_rows(__nv_bfloat16 *out, const __nv_bfloat16 *qkv, const __nv_bfloat16 *c
     const int count = (int)(end - first < ROWS ? end - first : ROWS);
     const int32_t *pages = batch.page_table + batch.sequences[first] * batch.max_pages;
     const int begin = batch.positions[first], length = batch.positions[first + count - 1] + 1;
+    const int span = s.splits == 1 ? length : span_of(length, s.splits), from = split * span, until = min(length, from + span);
 
     for (int i = threadIdx.x; i < ROWS * P / 8; i += THREADS) {
         int row = i / (P / 8), piece = i % (P / 8);
-        uint4 value = make_uint4(0, 0, 0, 0);
-        if (row < count) value = *reinterpret_cast<const uint4 *>(qkv + (first + row) * row_cols + (int64_t)head * P + piece * 8);
-        *reinterpret_cast<uint4 *>(place<P>(queries, row, piece)) = value;
+        copy_async(place<P>(queries, row, piece), qkv + (first + min(row, count - 1)) * s.row_cols + (int64_t)head * P + piece * 8, row < count);
     }
+    if (from < until) load_keys<P>(stages, cache_k, cache_v, pages, from, until, kv_head, s);
     float sum[P / 8][4] = {}, maximum[2] = {-INFINITY, -INFINITY}, total[2] = {};
-    for (int at = 0; at < length; at += KEYS) {
-        __syncthreads();
-        for (int i = threadIdx.x; i < KEYS * P / 8; i += THREADS) {
-            int row = i / (P / 8), piece = i % (P / 8), position = at + row;
-            uint4 key = make_uint4(0, 0, 0, 0), value = key;
-            if (position < length) {
-                int64_t from = (((int64_t)pages[position / page_size] * g + kv_head) * page_size + position % page_size) * P + piece * 8;
-                key = *reinterpret_cast<const uint4 *>(cache_k + from);
-                value = *reinterpret_cast<const uint4 *>(cache_v + from);
-            }
-            *reinterpret_cast<uint4 *>(place<P>(keys, row, piece)) = key;
-            *reinterpret_cast<uint4 *>(place<P>(values, row, piece)) = value;
+    for (int at = from, stage = 0; at < until; at += KEYS, stage ^= 1) {
+        __nv_bfloat16 *keys = stages + stage * 2 * KEYS * P, *values = keys + KEYS * P;
+        if (at + KEYS < until) {
+            load_keys<P>(stages + (stage ^ 1) * 2 * KEYS * P, cache_k, cache_v, pages, at + KEYS, until, kv_head, s);
+            copy_wait<1>();
+        } else {
+            copy_wait<0>();
         }
         __syncthreads();
+        if (warp * 16 < count) {
         float score[KEYS / 8][4] = {};
 #pragma unroll
         for (int kk = 0; kk < P / 16; kk++) {
             uint32_t a[4];
-            load_four(a, place<P>(queries, warp * 16 + lane % 16, 2 * kk + lane / 16));
+            load_matrices(a, place<P>(queries, warp * 16 + lane % 16, 2 * kk + lane / 16));
 #pragma unroll
             for (int j = 0; j < KEYS / 16; j++) {
                 uint32_t b[4];
-                load_four(b, place<P>(keys, 16 * j + lane / 16 * 8 + lane % 8, 2 * kk + lane / 8 % 2));
-                multiply(score[2 * j], a, b[0], b[1]);
-                multiply(score[2 * j + 1], a, b[2], b[3]);
+                load_matrices(b, place<P>(keys, 16 * j + lane / 16 * 8 + lane % 8, 2 * kk + lane / 8 % 2));
+                mma(score[2 * j], a, b);
+                mma(score[2 * j + 1], a, b + 2);
             }
         }
         /* Element e of a tile: row lane / 4 + 8 (e / 2), key lane % 4 * 2 + e % 2. */
         float highest[2] = {maximum[0], maximum[1]};
+        const bool whole = at + KEYS <= until && at + KEYS - 1 <= begin + warp * 16;
 #pragma unroll
         for (int j = 0; j < KEYS / 8; j++)
 #pragma unroll
             for (int e = 0; e < 4; e++) {
                 int position = at + 8 * j + lane % 4 * 2 + e % 2, row = warp * 16 + lane / 4 + e / 2 * 8;
-                score[j][e] = position <= begin + row ? score[j][e] * scale : -INFINITY;
+                score[j][e] = whole || (position <= begin + row && position < until) ? score[j][e] * s.scale : -INFINITY;
                 highest[e / 2] = fmaxf(highest[e / 2], score[j][e]);
             }
 #pragma unroll
@@ -119,47 +118,66 @@ attend_rows(__nv_bfloat16 *out, const __nv_bfloat16 *qkv, const __nv_bfloat16 *c
 #pragma unroll
             for (int j = 0; j < P / 16; j++) {
                 uint32_t b[4];
-                load_four_transposed(b, place<P>(values, 16 * kk + lane % 16, 2 * j + lane / 16));
-                multiply(sum[2 * j], a, b[0], b[1]);
-                multiply(sum[2 * j + 1], a, b[2], b[3]);
+                load_matrices_transposed(b, place<P>(values, 16 * kk + lane % 16, 2 * j + lane / 16));
+                mma(sum[2 * j], a, b);
+                mma(sum[2 * j + 1], a, b + 2);
             }
         }
+        }
+        __syncthreads();   /* before the other stage is written over */
     }
+    copy_wait<0>();
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         total[r] += __shfl_xor_sync(0xffffffff, total[r], 1);
         total[r] += __shfl_xor_sync(0xffffffff, total[r], 2);
-        int row = warp * 16 + lane / 4 + 8 * r;
+        const int row = warp * 16 + lane / 4 + 8 * r;
         if (row >= count) continue;
-        __nv_bfloat16 *to = out + ((first + row) * h + head) * P;
-        const __nv_bfloat16 *gate = qkv + (first + row) * row_cols + (int64_t)(h + 2 * g + head) * P;
+        const int64_t place = ((first + row) * s.h + head) * s.splits + split;
+        if (s.splits > 1 && lane % 4 == 0) {
+            maxima[place] = maximum[r];
+            sums[place] = total[r];
+        }
+        const __nv_bfloat16 *gate = qkv + (first + row) * s.row_cols + (int64_t)(s.h + 2 * s.g + head) * P;
 #pragma unroll
-        for (int j = 0; j < P / 8; j++)
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                int c = 8 * j + lane % 4 * 2 + e;
-                float value = sum[j][2 * r + e] / total[r];
-                if (gated) value *= sigmoid(__bfloat162float(gate[c]));
-                to[c] = __float2bfloat16(value);
+        for (int j = 0; j < P / 8; j++) {
+            const int c = 8 * j + lane % 4 * 2;
+            if (s.splits > 1) {
+                *reinterpret_cast<float2 *>(partial + place * P + c) = make_float2(sum[j][2 * r], sum[j][2 * r + 1]);
+                continue;
             }
+            float low = sum[j][2 * r] / total[r], high = sum[j][2 * r + 1] / total[r];
+            if (s.gated) {
+                low *= sigmoid(__bfloat162float(gate[c]));
+                high *= sigmoid(__bfloat162float(gate[c + 1]));
+            }
+            *reinterpret_cast<__nv_bfloat162 *>(out + place * P + c) = __floats2bfloat162_rn(low, high);
+        }
     }
 }
 
-template <int P> int run(tops_stream *stream, void *out, const void *qkv, const tops_kv *kv, const tops_batch *batch, int64_t h, int64_t g, float scale, int gated) {
-    const int bytes = (ROWS + 2 * KEYS) * P * 2;
+template <int P> int run(tops_stream *stream, __nv_bfloat16 *out, const __nv_bfloat16 *qkv, const tops_kv *kv, const tops_batch *batch, SpanShape s) {
+    const int bytes = (ROWS + 4 * KEYS) * P * 2;
     CUDA(cudaFuncSetAttribute(attend_rows<P>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
     /* How many tiles there are is known on the device only; each sequence adds at most one that is not full. */
-    dim3 grid((unsigned)h, (unsigned)(batch->n / ROWS + batch->b));
-    int64_t row_cols = ((gated ? 2 * h : h) + 2 * g) * P;
-    return launch(stream, attend_rows<P>, grid, dim3(THREADS), bytes, 1, static_cast<__nv_bfloat16 *>(out), static_cast<const __nv_bfloat16 *>(qkv),
-                  static_cast<const __nv_bfloat16 *>(kv->k), static_cast<const __nv_bfloat16 *>(kv->v), *batch, (int)h, (int)g, (int)kv->page_size, row_cols, scale,
-                  gated != 0);
+    const int64_t tiles = batch->n / ROWS + batch->b, n = batch->n;
+    float *partial = nullptr, *maxima = nullptr, *sums = nullptr;
+    if (tiles * s.h < 132 && n <= 64) {
+        s.splits = (int)min(min(ceil_div(264, tiles * s.h), (int64_t)32), ceil_div(s.max_pages * s.page_size, SPAN_LEAST));
+        Scratch scratch(stream);
+        partial = scratch.take<float>(n * s.h * s.splits * P);
+        maxima = scratch.take<float>(n * s.h * s.splits);
+        REQUIRE_SCRATCH(sums = scratch.take<float>(n * s.h * s.splits));
+    }
+    int status = launch(stream, attend_rows<P>, dim3((unsigned)s.h, (unsigned)tiles, (unsigned)s.splits), dim3(THREADS), bytes, 1, out, partial, maxima, sums, qkv,
+                        static_cast<const __nv_bfloat16 *>(kv->k), static_cast<const __nv_bfloat16 *>(kv->v), *batch, s);
+    if (status || s.splits == 1) return status;
+    return merge(stream, out, qkv, partial, maxima, sums, n, s);
 }
 }   // namespace
 
-int attend_prompt(tops_stream *stream, void *out, const void *qkv, const tops_kv *kv, const tops_batch *batch, int64_t h, int64_t g, int64_t p,
-                  float scale, int gated) {
-    if (p == 64) return run<64>(stream, out, qkv, kv, batch, h, g, scale, gated);
-    if (p == 128) return run<128>(stream, out, qkv, kv, batch, h, g, scale, gated);
-    return run<256>(stream, out, qkv, kv, batch, h, g, scale, gated);
+int attend_prompt(tops_stream *stream, __nv_bfloat16 *out, const __nv_bfloat16 *qkv, const tops_kv *kv, const tops_batch *batch, SpanShape s) {
+    if (s.p == 64) return run<64>(stream, out, qkv, kv, batch, s);
+    if (s.p == 128) return run<128>(stream, out, qkv, kv, batch, s);
+    return run<256>(stream, out, qkv, kv, batch, s);
 }

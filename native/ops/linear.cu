@@ -3,31 +3,28 @@
 
 enum { FEW = 16, AT_ONCE = 8 };
 
+/* A block for each 1024 columns of a row; each of them sums the whole row for its norm, which costs less than another kernel. */
 template <typename T>
 __global__ void prepare_rows(__nv_bfloat16 *bf16, float *f32, int8_t *q8, float2 *steps, const T *x, const float *norm, int64_t d, float eps, bool round) {
     wait_for_inputs();
     launch_dependents();
-    const int64_t t = blockIdx.x;
+    const int64_t t = blockIdx.y, c = blockIdx.x * 1024 + threadIdx.x;
     const T *row = x + t * d;
-    float factor = 1.0f;
+    float value = c < d ? to_float(row[c]) : 0.0f;
     if (norm) {
+        const float weight = c < d ? norm[c] : 0.0f;
         float sum = 0;
-        for (int64_t c = threadIdx.x; c < d; c += blockDim.x) sum += to_float(row[c]) * to_float(row[c]);
-        factor = 1.0f / sqrtf(block_sum(sum) / (float)d + eps);
+        for (int64_t i = threadIdx.x; i < d; i += 1024) sum += to_float(row[i]) * to_float(row[i]);
+        value *= 1.0f / sqrtf(block_sum(sum) / (float)d + eps) * weight;
     }
-    /* A warp takes 32 columns, which is a group of 8-bit activations. */
-    for (int64_t first = threadIdx.x / 32 * 32; first < d; first += blockDim.x) {
-        int64_t c = first + threadIdx.x % 32;
-        float value = c < d ? to_float(row[c]) * factor * (norm ? norm[c] : 1.0f) : 0.0f;
-        if (round) value = __bfloat162float(__float2bfloat16(value));
-        if (c < d && bf16) bf16[t * d + c] = __float2bfloat16(value);
-        if (c < d && f32) f32[t * d + c] = value;
-        if (!q8) continue;
-        float most = warp_max(fabsf(value)), inverse = most > 0 ? 127.0f / most : 0.0f;
-        float code = rintf(value * inverse), sum = warp_sum(code);
-        q8[t * d + c] = (int8_t)code;
-        if (threadIdx.x % 32 == 0) steps[t * (d / 32) + first / 32] = make_float2(most / 127.0f, most / 127.0f * sum);
-    }
+    if (round) value = __bfloat162float(__float2bfloat16(value));
+    if (c < d && bf16) bf16[t * d + c] = __float2bfloat16(value);
+    if (c < d && f32) f32[t * d + c] = value;
+    if (!q8) return;
+    float most = warp_max(fabsf(value)), code = rintf(value * (most > 0 ? 127.0f / most : 0.0f)), sum = warp_sum(code);   /* a warp is a group of 32 */
+    if (c >= d) return;
+    q8[t * d + c] = (int8_t)code;
+    if (threadIdx.x % 32 == 0) steps[(t * d + c) / 32] = make_float2(most / 127.0f, most / 127.0f * sum);
 }
 
 template <int D> __global__ void decode_rows(__nv_bfloat16 *out, Matrix w, int64_t blocks) {
@@ -105,51 +102,12 @@ static int run_many(tops_stream *stream, void *out, int64_t out_cols, bool out_f
     return TOPS_OK;
 }
 
-static int run(tops_stream *stream, void *out, const void *x, const float *norm, const tops_weight *w, int parts, int64_t n, float eps, int dtype, int mode) {
-    REQUIRE(n >= 0, "n: must be at least 0, not %lld", (long long)n);
-    REQUIRE(parts >= 1 && parts <= 4, "parts: must be in 1..4, not %d", parts);
-    REQUIRE(dtype == TOPS_F32 || dtype == TOPS_BF16, "dtype: must be f32 or bf16, not %d", dtype);
+/* Up to FEW rows at a time, with one launch for neighbours in one format and one kind of activations. */
+static int run_few(tops_stream *stream, void *out, const tops_weight *w, int parts, int64_t n, int mode, bool out_f32, const Inputs &in) {
     const int64_t cols = w->cols;
     int64_t rows = 0;
-    bool round = dtype == TOPS_BF16, integers = false, others = false;
-    for (int i = 0; i < parts; i++) {
-        REQUIRE(w[i].cols == cols, "w[%d].cols: must be %lld as in the first part, not %lld", i, (long long)cols, (long long)w[i].cols);
-        REQUIRE(tops_packed_bytes(w[i].dtype, w[i].rows, cols) >= 0, "w[%d]: no kernel for dtype %d with %lld columns", i, w[i].dtype, (long long)cols);
-        rows += w[i].rows;
-        bool q8 = w[i].activations == TOPS_Q8_0 && is_quantised(w[i].dtype);
-        integers = integers || q8;
-        others = others || !q8;
-        round = round || w[i].activations == TOPS_BF16;
-    }
-    if (n == 0 || rows == 0) return TOPS_OK;
-    const bool out_f32 = mode == STORE_F32 || dtype == TOPS_F32;
-    const bool many = n > FEW && round && cols % 8 == 0 && dtype == TOPS_BF16;
-    if (many) integers = false, others = true;
-
-    Scratch scratch(stream);
-    Inputs in{};
-    if (others && round && dtype == TOPS_BF16 && !norm) in.bf16 = static_cast<const __nv_bfloat16 *>(x);
-    else if (others && round) REQUIRE_SCRATCH(in.bf16 = scratch.take<__nv_bfloat16>(n * cols));
-    else if (others) REQUIRE_SCRATCH(in.f32 = scratch.take<float>(n * cols));
-    if (integers) {
-        in.q8 = scratch.take<int8_t>(n * cols);
-        REQUIRE_SCRATCH(in.steps = scratch.take<float2>(n * cols / 32));
-    }
     int status = TOPS_OK;
-    if (integers || in.f32 || static_cast<const void *>(in.bf16) != x)
-        BY_STORAGE(dtype, status = launch(stream, prepare_rows<T>, dim3((unsigned)n), dim3(n > FEW ? 256 : 1024), 0, 1,
-                                          static_cast<const void *>(in.bf16) == x ? nullptr : const_cast<__nv_bfloat16 *>(in.bf16), const_cast<float *>(in.f32),
-                                          const_cast<int8_t *>(in.q8), const_cast<float2 *>(in.steps), static_cast<const T *>(x), norm, cols, eps, round));
-    if (status) return status;
-
-    if (many && mode == GATE_UP) {
-        __nv_bfloat16 *both = scratch.take<__nv_bfloat16>(n * rows);
-        REQUIRE_SCRATCH(both);
-        if ((status = run_many(stream, both, rows, false, false, in.bf16, w, parts, n, scratch))) return status;
-        return tops_silu_mul(stream, out, both, n, rows / 2, dtype);
-    }
-    if (many) return run_many(stream, out, rows, out_f32, mode == ADD, in.bf16, w, parts, n, scratch);
-
+    for (int i = 0; i < parts; i++) rows += w[i].rows;
     for (int64_t first = 0; first < n; first += FEW) {
         int64_t tokens = n - first < FEW ? n - first : FEW;
         Inputs here{in.bf16 ? in.bf16 + first * cols : nullptr, in.f32 ? in.f32 + first * cols : nullptr, in.q8 ? in.q8 + first * cols : nullptr,
@@ -164,7 +122,7 @@ static int run(tops_stream *stream, void *out, const void *x, const float *norm,
             product.cols = cols;
             product.n = tokens;
             int begin = i;
-            do {   /* neighbours in one format and one kind of activations go together */
+            do {
                 product.parts[product.count] = matrix_of(w + i);
                 product.first_row[product.count++] = row;
                 product.rows += w[i].rows;
@@ -178,6 +136,54 @@ static int run(tops_stream *stream, void *out, const void *x, const float *norm,
         }
     }
     return TOPS_OK;
+}
+
+static int run(tops_stream *stream, void *out, const void *x, const float *norm, const tops_weight *w, int parts, int64_t n, float eps, int dtype, int mode) {
+    REQUIRE(n >= 0, "n: must be at least 0, not %lld", (long long)n);
+    REQUIRE(parts >= 1 && parts <= 4, "parts: must be in 1..4, not %d", parts);
+    REQUIRE(n < 65536, "n: at most 65535 rows in a step, not %lld", (long long)n);
+    REQUIRE(dtype == TOPS_F32 || dtype == TOPS_BF16, "dtype: must be f32 or bf16, not %d", dtype);
+    const int64_t cols = w->cols;
+    int64_t rows = 0;
+    bool round = dtype == TOPS_BF16, integers = false, others = false;
+    for (int i = 0; i < parts; i++) {
+        REQUIRE(w[i].cols == cols, "w[%d].cols: must be %lld as in the first part, not %lld", i, (long long)cols, (long long)w[i].cols);
+        REQUIRE(tops_packed_bytes(w[i].dtype, w[i].rows, cols) >= 0, "w[%d]: no kernel for dtype %d with %lld columns", i, w[i].dtype, (long long)cols);
+        rows += w[i].rows;
+        bool q8 = w[i].activations == TOPS_Q8_0 && is_quantised(w[i].dtype);
+        integers = integers || q8;
+        others = others || !q8;
+        round = round || w[i].activations == TOPS_BF16;
+    }
+    if (n == 0 || rows == 0) return TOPS_OK;
+    int status = TOPS_OK;
+    const bool out_f32 = mode == STORE_F32 || dtype == TOPS_F32;
+    const bool many = n > FEW && round && cols % 8 == 0 && dtype == TOPS_BF16;
+    if (many) integers = false, others = true;
+
+    Scratch scratch(stream);
+    Inputs in{};
+    if (others && round && dtype == TOPS_BF16 && !norm) in.bf16 = static_cast<const __nv_bfloat16 *>(x);
+    else if (others && round) REQUIRE_SCRATCH(in.bf16 = scratch.take<__nv_bfloat16>(n * cols));
+    else if (others) REQUIRE_SCRATCH(in.f32 = scratch.take<float>(n * cols));
+    if (integers) {
+        in.q8 = scratch.take<int8_t>(n * cols);
+        REQUIRE_SCRATCH(in.steps = scratch.take<float2>(n * cols / 32));
+    }
+    if (integers || in.f32 || static_cast<const void *>(in.bf16) != x)
+        BY_STORAGE(dtype, status = launch(stream, prepare_rows<T>, dim3((unsigned)ceil_div(cols, 1024), (unsigned)n), dim3(1024), 0, 1,
+                                          static_cast<const void *>(in.bf16) == x ? nullptr : const_cast<__nv_bfloat16 *>(in.bf16), const_cast<float *>(in.f32),
+                                          const_cast<int8_t *>(in.q8), const_cast<float2 *>(in.steps), static_cast<const T *>(x), norm, cols, eps, round));
+    if (status) return status;
+
+    if (many && mode == GATE_UP) {
+        __nv_bfloat16 *both = scratch.take<__nv_bfloat16>(n * rows);
+        REQUIRE_SCRATCH(both);
+        if ((status = run_many(stream, both, rows, false, false, in.bf16, w, parts, n, scratch))) return status;
+        return tops_silu_mul(stream, out, both, n, rows / 2, dtype);
+    }
+    if (many) return run_many(stream, out, rows, out_f32, mode == ADD, in.bf16, w, parts, n, scratch);
+    return run_few(stream, out, w, parts, n, mode, out_f32, in);
 }
 
 int tops_linear(tops_stream *stream, void *out, const void *x, const tops_weight *w, int32_t parts, int64_t n, int32_t dtype) {
