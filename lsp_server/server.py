@@ -8,8 +8,13 @@ import os
 from typing import Any
 
 from lsprotocol import types
+from pygls.exceptions import JsonRpcException
 from pygls.lsp.server import LanguageServer
 
+from inference_pio.engine import EngineError
+from inference_pio.lsp_server.features.chat import chat
+from inference_pio.lsp_server.features.code_action import ASK, REWRITE, actions
+from inference_pio.lsp_server.features.edit import edit
 from inference_pio.lsp_server.features.inline_completion import begin_ahead, complete
 from inference_pio.lsp_server.features.status import explain, models, status
 from inference_pio.lsp_server.generation import Cursor
@@ -43,6 +48,10 @@ class Server(LanguageServer):
             (types.TEXT_DOCUMENT_COMPLETION, self.on_completion, types.CompletionOptions(trigger_characters=[".", "(", " "])),
             ("pio/status", lambda params: status(self.session), None),
             ("pio/models", self.on_models, None),
+            ("pio/chat", self.on_chat, None),
+            ("pio/edit", self.on_edit, None),
+            (types.TEXT_DOCUMENT_CODE_ACTION, actions, types.CodeActionOptions(code_action_kinds=[
+                types.CodeActionKind.Empty, types.CodeActionKind.QuickFix, types.CodeActionKind.RefactorRewrite])),
             ("pio/measure", self.on_measure, None),
             ("pio/explain", lambda params: explain(self.session), None),
             # What Copilot's clients send; accepting is seen as a change, and nothing is logged.
@@ -54,6 +63,8 @@ class Server(LanguageServer):
             self.feature(method, options)(_plain(handler)) if options else self.feature(method)(_plain(handler))
         self.command("pio.explain")(_plain(lambda *_: explain(self.session)))
         self.command("pio.restart")(_plain(lambda *_: self.load()))
+        self.command(ASK)(_plain(self.on_ask))
+        self.command(REWRITE)(_plain(self.on_rewrite))
 
     # ---- life ------------------------------------------------------------------------------------------------------------
 
@@ -205,6 +216,47 @@ class Server(LanguageServer):
         engine = self.session.engine
         return {"readBandwidth": await self.session.in_worker(engine.read_bandwidth) if engine else 0.0}
 
+    # ---- chat and edits --------------------------------------------------------------------------------------------------
+
+    def on_chat(self, params: Any):
+        return (yield self._talk, (chat, params), None)
+
+    def on_edit(self, params: Any):
+        return (yield self._talk, (edit, params), None)
+
+    async def _talk(self, feature: Any, params: Any) -> Any:
+        """A feature that reports what it writes through the request's progress token, if it has one."""
+        params = _plain_value(params)
+        params = params if isinstance(params, dict) else {}
+        token = params.get("partialResultToken")
+
+        def report(value: dict[str, Any]) -> None:
+            if token is not None:
+                self.protocol.notify(types.PROGRESS, types.ProgressParams(token=token, value=value))
+
+        try:
+            return await feature(self.session, params, report)
+        except EngineError as error:
+            raise JsonRpcException(str(error), code=types.LSPErrorCodes.RequestFailed) from None
+
+    def on_ask(self, *arguments: Any) -> None:
+        self._start(self._carry_out(chat, arguments))
+
+    def on_rewrite(self, *arguments: Any) -> None:
+        self._start(self._carry_out(edit, arguments))
+
+    async def _carry_out(self, feature: Any, arguments: tuple) -> None:
+        """A code action's command, for editors that do not carry it out themselves."""
+        try:
+            result = await self._talk(feature, arguments[0] if arguments else {})
+        except JsonRpcException as error:
+            self.window_show_message(types.ShowMessageParams(type=types.MessageType.Error, message=f"pio: {error}"))
+            return
+        if isinstance(result, types.WorkspaceEdit):
+            await self.workspace_apply_edit_async(types.ApplyWorkspaceEditParams(edit=result, label="pio"))
+        else:
+            self.window_show_message(types.ShowMessageParams(type=types.MessageType.Info, message=result["text"]))
+
     # ---- wires -----------------------------------------------------------------------------------------------------------
 
     def serve_stdio(self) -> None:
@@ -234,4 +286,6 @@ def _plain_value(value: Any) -> Any:
         return {key: _plain_value(entry) for key, entry in value.items()}
     if hasattr(value, "_asdict"):
         return {key: _plain_value(entry) for key, entry in value._asdict().items()}
+    if isinstance(value, list | tuple):
+        return [_plain_value(entry) for entry in value]
     return value

@@ -25,6 +25,7 @@ class Settings:
     max_tokens: int = _setting(64, "Longest completion, in tokens.", least=1, most=1024)
     prompt_tokens: int = _setting(1024, "Tokens of the document that the model sees.", least=64, most=1 << 17)
     deadline_ms: int = _setting(3000, "A completion that takes longer is shown as far as it got.", least=50, most=600_000)
+    chat_tokens: int = _setting(1024, "Longest answer in the chat, in tokens.", least=1, most=1 << 16)
     multiline: bool = _setting(True, "Suggest whole blocks; off: the rest of the line.")
     prefill: bool = _setting(True, "Begin to write at the key, before the editor asks for a completion.")
     temperature: float = _setting(0.0, "0 always takes the likeliest token.", least=0.0, most=5.0)

@@ -37,8 +37,9 @@ class VSCode:
         self.workspace.mkdir()
         for name, text in files.items():
             (self.workspace / name).write_text(text)
-        self.settings = {**_QUIET, **(settings or {})}
-        self.write_settings()
+        user = self._data / "User" / "settings.json"
+        user.parent.mkdir(parents=True)
+        user.write_text(json.dumps({**_QUIET, **(settings or {})}))
         machine = self._data / "Machine" / "settings.json"   # paths of programs belong to the machine, not to the person
         machine.parent.mkdir()
         machine.write_text(json.dumps({"pio.command": command or SERVER}))
@@ -65,13 +66,6 @@ class VSCode:
     def _seen(self, url: str) -> None:
         if url.startswith("http") and "127.0.0.1" not in url and "open-vsx.org" not in url:   # VS Code's own gallery
             self.foreign.append(url)
-
-    def write_settings(self, **changes) -> None:
-        """Also while it runs: VS Code watches the file."""
-        self.settings |= changes
-        path = self._data / "User" / "settings.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.settings))
 
     def open(self, name: str) -> None:
         self.page.dblclick(f'.explorer-folders-view .monaco-list-row:has-text("{name}")')
@@ -114,6 +108,16 @@ class VSCode:
         self.page.wait_for_selector(".quick-input-widget input")
         self.page.keyboard.type(title)
         self.page.wait_for_selector(f'.quick-input-list .monaco-list-row.focused:has-text("{title}")')
+        self.page.keyboard.press("Enter")
+
+    def choose(self, label: str) -> None:
+        """An entry of the list that is open."""
+        self.page.click(f'.quick-input-list .monaco-list-row:has-text("{label}")')
+
+    def answer(self, text: str) -> None:
+        """Into the input box that is open."""
+        self.page.wait_for_selector(".quick-input-widget:not(:has(.monaco-list-row)) input:focus")
+        self.page.keyboard.type(text)
         self.page.keyboard.press("Enter")
 
     def saved(self, name: str) -> str:

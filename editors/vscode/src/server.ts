@@ -16,6 +16,7 @@ export interface ServerStatus {
 
 const CRASHES = 3;               // so many within CRASH_WINDOW: a fault that starting again does not mend
 const CRASH_WINDOW = 180_000;    // ms
+const REGISTERED = 300;          // ms after which VS Code knows that there is somebody to ask
 const STDERR_KEPT = 2000;        // characters
 
 export class Server implements vscode.Disposable {
@@ -59,9 +60,7 @@ export class Server implements vscode.Disposable {
       this.client = client;
       await client.start();
       this.checkVersion(client);
-      // Somebody types faster than a server starts, and VS Code asks only once for each key.
-      const typed = vscode.window.activeTextEditor?.document.isDirty && vscode.workspace.getConfiguration("pio").get("enable");
-      if (typed) await vscode.commands.executeCommand("editor.action.inlineSuggest.trigger");
+      setTimeout(askForEarlyText, REGISTERED);
     } catch (error) {
       if (!this.problem) this.fail(`${command.join(" ")} does not start: ${(error as Error).message} ${this.lastWords()}`);
       void vscode.window.showErrorMessage(`pio: ${this.problem}`);
@@ -153,4 +152,10 @@ export class Server implements vscode.Disposable {
     this.output.dispose();
     this.changed.dispose();
   }
+}
+
+/** Somebody types faster than a server starts, and VS Code asks only once for each key. */
+function askForEarlyText(): void {
+  const typed = vscode.window.activeTextEditor?.document.isDirty && vscode.workspace.getConfiguration("pio").get("enable");
+  if (typed) void vscode.commands.executeCommand("editor.action.inlineSuggest.trigger");
 }
