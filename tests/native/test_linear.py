@@ -65,7 +65,7 @@ def test_linear_with_8_bit_activations(backend, rng, dtype, n):
         difference, size = np.abs(out.read() - rounded @ values.T), np.abs(rounded) @ np.abs(values.T)
         # An input that lies between two codes may round either way: one step of one column is what may differ, and seldom does.
         assert (difference <= 3e-6 * size + scale.max() * np.abs(values).max() * 1.01).all(), (rows, cols)
-        assert (difference <= 3e-6 * size).mean() > 0.9, (rows, cols)
+        assert (difference > 3e-6 * size).any(axis=1).sum() <= 2 + n // 16, (rows, cols)
 
 
 @pytest.mark.parametrize("activations", [DType.F32, DType.BF16, DType.Q8_0], ids=lambda d: d.name)
