@@ -70,16 +70,29 @@ INLINE __m512i four(const int8_t *code) {
     return _mm512_set1_epi32(bits);
 }
 
-INLINE __m512 add_block(__m512 sum, int dtype, affine a, const __m512i code[8], const tops_q8 *x) {
-    __m512i dot[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
-    int parts = dtype == TOPS_Q6_K ? 2 : 1;
-    for (int v = 0; v < 8; v++) dot[v * parts / 8] = _mm512_dpbusd_epi32(dot[v * parts / 8], code[v], four(x->code + 4 * v));
-    for (int part = 0; part < parts; part++) {
-        __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(dot[part]), _mm512_set1_ps(x->scale));
-        sum = _mm512_fmadd_ps(a.scale[part], scaled, sum);
-        sum = _mm512_fmadd_ps(a.minimum[part], _mm512_set1_ps(parts == 1 ? x->sum : x->half_sum[part]), sum);
+/* dot[t] = products of `count` vectors of codes with each token's codes from x on; x's are `stride` blocks apart. */
+INLINE void dots_of(__m512i dot[TILE], int tokens, const __m512i *code, int count, const int8_t *x, int64_t stride) {
+    for (int t = 0; t < tokens; t++) dot[t] = _mm512_setzero_si512();
+    for (int v = 0; v < count; v++)
+        for (int t = 0; t < tokens; t++) dot[t] = _mm512_dpbusd_epi32(dot[t], code[v], four(x + t * stride * (int64_t)sizeof(tops_q8) + 4 * v));
+}
+
+INLINE __m512 add_part(__m512 sum, __m512 scale, __m512 minimum, __m512i dot, float step, float token_sum) {
+    sum = _mm512_fmadd_ps(scale, _mm512_mul_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(step)), sum);
+    return _mm512_fmadd_ps(minimum, _mm512_set1_ps(token_sum), sum);
+}
+
+INLINE void add_block(__m512 sum[TILE], int dtype, int tokens, affine a, const __m512i code[8], const tops_q8 *x, int64_t stride) {
+    __m512i dot[TILE];
+    if (dtype == TOPS_Q6_K) {
+        dots_of(dot, tokens, code, 4, x->code, stride);
+        for (int t = 0; t < tokens; t++) sum[t] = add_part(sum[t], a.scale[0], a.minimum[0], dot[t], x[t * stride].scale, x[t * stride].half_sum[0]);
+        dots_of(dot, tokens, code + 4, 4, x->code + 16, stride);
+        for (int t = 0; t < tokens; t++) sum[t] = add_part(sum[t], a.scale[1], a.minimum[1], dot[t], x[t * stride].scale, x[t * stride].half_sum[1]);
+        return;
     }
-    return sum;
+    dots_of(dot, tokens, code, 8, x->code, stride);
+    for (int t = 0; t < tokens; t++) sum[t] = add_part(sum[t], a.scale[0], a.minimum[0], dot[t], x[t * stride].scale, x[t * stride].sum);
 }
 
 INLINE void tile_q8(int dtype, int tokens, float *out, const unsigned char *group, const tops_q8 *x, int64_t blocks) {
@@ -93,7 +106,7 @@ INLINE void tile_q8(int dtype, int tokens, float *out, const unsigned char *grou
             __m512i code[8];
             codes_of(code, f, block + f.affine);
             affine a = affine_of_rows(dtype, group, block);
-            for (int t = 0; t < tokens; t++) sum[t] = add_block(sum[t], dtype, a, code, x + t * blocks + b);
+            add_block(sum, dtype, tokens, a, code, x + b, blocks);
         }
     }
     for (int t = 0; t < tokens; t++) _mm512_storeu_ps(out + t * GROUP, sum[t]);
