@@ -16,6 +16,8 @@ from inference_pio.native.dtype import DType
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+# Real headers have at most some 10 MB and vocabularies of some 300k tokens; more would only cost memory before it fails.
+_HEADER_LIMIT, _ARRAY_LIMIT = 128 << 20, 4 << 20
 _DTYPES = {int(dtype): dtype for dtype in DType if dtype < DType.FP8_E4M3}
 # Formats that have no kernel; named so that the error can name them.
 _OTHERS = {10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S",
@@ -49,21 +51,22 @@ def _other_parts(path: Path, count: Any) -> list[Path]:
 class _Cursor:
     def __init__(self, file: MappedFile):
         self.file, self.data, self.at = file, file.data, 0
+        self.end = min(file.size, _HEADER_LIMIT)
 
     def bad(self, what: str) -> BadCheckpoint:
         return BadCheckpoint(f"{self.file.path}: {what} (byte {self.at})")
 
     def unpack(self, layout: str) -> tuple:
         size = struct.calcsize("<" + layout)
-        if size > self.file.size - self.at:
-            raise self.bad("the header is cut off")
+        if size > self.end - self.at:
+            raise self.bad("the header is cut off, or larger than any real one")
         self.at += size
         return struct.unpack_from("<" + layout, self.data, self.at - size)
 
     def string(self) -> str:
         (length,) = self.unpack("Q")
-        if length > self.file.size - self.at:
-            raise self.bad(f"a string claims {length} bytes, the file has {self.file.size - self.at} left")
+        if length > self.end - self.at:
+            raise self.bad(f"a string claims {length} bytes, the header can have {self.end - self.at} more")
         self.at += length
         try:
             return str(self.data[self.at - length:self.at], "utf-8")
@@ -79,8 +82,8 @@ class _Cursor:
             raise self.bad(f"unknown value type {kind}" if kind != _ARRAY else "arrays nested too deeply")
         element, count = self.unpack("IQ")
         least = struct.calcsize(_SCALARS[element]) if element in _SCALARS else 8
-        if count * least > self.file.size - self.at:
-            raise self.bad(f"an array claims {count} elements, the file has {self.file.size - self.at} bytes left")
+        if count * least > self.end - self.at or count > _ARRAY_LIMIT:
+            raise self.bad(f"an array claims {count} elements, the header can have {self.end - self.at} more bytes")
         if element in _SCALARS:
             return list(self.unpack(f"{count}{_SCALARS[element]}"))
         return [self.value(element, depth + 1) for _ in range(count)]

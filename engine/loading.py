@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from inference_pio.engine import gguf, safetensors
-from inference_pio.engine.chat_template import ChatTemplate
+from inference_pio.engine.chat_template import ChatTemplate, chat_template_of, chat_tokens_of_gguf
 from inference_pio.engine.errors import BadCheckpoint, DeviceError, OutOfMemory
 from inference_pio.engine.hub import Located
 from inference_pio.engine.prompts import PromptRenderer
@@ -63,13 +63,13 @@ def open_checkpoint(located: Located) -> Checkpoint:
         fields, tensors = gguf.open_gguf(path)
         architecture = fields.get("general.architecture")
         tokenizer = Tokenizer.from_gguf(fields, where) if "tokenizer.ggml.tokens" in fields else None
-        template = fields.get("tokenizer.chat_template")
+        template, tokens = fields.get("tokenizer.chat_template"), chat_tokens_of_gguf(fields)
     else:
         fields, tensors = safetensors.read_json(path / "config.json"), safetensors.open_folder(path)
         names = fields.get("architectures")
         architecture = names[0] if isinstance(names, list) and names else None
         tokenizer = Tokenizer.from_file(path / "tokenizer.json") if (path / "tokenizer.json").exists() else None
-        template = _template_of(path)
+        template, tokens = chat_template_of(path)
     if not isinstance(architecture, str):
         raise BadCheckpoint(f"{where} does not say which architecture it has")
     plugin = plugin_for(architecture, where, located.name)
@@ -77,18 +77,12 @@ def open_checkpoint(located: Located) -> Checkpoint:
         config = plugin.parse_config(fields, located.format)
     except ValueError as error:
         raise BadCheckpoint(f"{where}: {error}") from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:   # a field of a type or size that nobody expects
+        raise BadCheckpoint(f"{where}: its config cannot be understood: {error}") from None
     template = template or plugin.prompts.chat_template
-    compiled = ChatTemplate(template, where) if isinstance(template, str) else None
+    compiled = ChatTemplate(template, where, tokens) if isinstance(template, str) else None
     return Checkpoint(path, plugin, config, tensors, located.format, tokenizer, PromptRenderer(plugin.prompts, tokenizer, compiled, where),
                       config.max_position_embeddings)
-
-
-def _template_of(folder: Path) -> Any:
-    if (folder / "chat_template.jinja").exists():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    config = folder / "tokenizer_config.json"
-    fields: Mapping[str, Any] = safetensors.read_json(config) if config.exists() else {}
-    return fields.get("chat_template")
 
 
 def open_backend(device: str, threads: int) -> Backend:

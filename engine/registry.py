@@ -13,19 +13,31 @@ GROUP = "inference_pio.models"
 _log = logging.getLogger(__name__)
 
 
-@cache
 def plugins() -> dict[str, ModelPlugin]:
-    """Plugins by the name that --model takes. One that does not load is reported and left out; the others still work."""
+    """Plugins by the name that --model takes. One that does not load is left out; the others still work."""
+    return _discover()[0]
+
+
+def broken() -> dict[str, str]:
+    """Why a plugin is left out, by its entry point's name."""
+    return _discover()[1]
+
+
+@cache
+def _discover() -> tuple[dict[str, ModelPlugin], dict[str, str]]:
     found: dict[str, ModelPlugin] = {}
+    failed: dict[str, str] = {}
     for entry in sorted(entry_points(group=GROUP), key=lambda e: e.name):
         try:
             plugin = entry.load()
             if not isinstance(plugin, ModelPlugin):
-                raise TypeError(f"{entry.value} is a {type(plugin).__name__}, not a ModelPlugin")
-            found[plugin.name] = plugin
+                raise TypeError(f"it is a {type(plugin).__name__}, not a ModelPlugin")
+            if found.setdefault(plugin.name, plugin) is not plugin:
+                raise ValueError(f"another plugin is called {plugin.name!r} too")
         except Exception as error:   # a plugin may come from anyone
-            _log.error("model plugin %s (%s) does not load: %s", entry.name, entry.value, error)
-    return found
+            failed[entry.name] = f"model plugin {entry.name} ({entry.value}) does not load: {type(error).__name__}: {error}"
+            _log.error("%s", failed[entry.name])
+    return found, failed
 
 
 def plugin_for(architecture: str, where: str, name: str | None = None) -> ModelPlugin:

@@ -54,8 +54,9 @@ class TensorInfo:
 def tensor_bytes(dtype: DType, shape: tuple[int, ...]) -> int:
     """Bytes of a tensor whose last dimension is stored in blocks. ValueError if it is not a whole number of them."""
     block, size = BLOCKS[dtype]
-    if (shape[-1] if shape else 1) % block:
-        raise ValueError(f"rows of {shape[-1]} values are not whole blocks of {block}")
+    width = shape[-1] if shape else 1
+    if width % block:
+        raise ValueError(f"rows of {width} values are not whole blocks of {block}")
     return prod(shape) // block * size
 
 

@@ -11,6 +11,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from functools import cached_property, lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,13 @@ _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 # GGUF `tokenizer.ggml.pre` -> (patterns that split one after the other, normaliser).
 _PRE_TOKENIZERS = {"qwen2": ((_QWEN2,), "NFC"), "glm4": ((_GLM4,), None), "llama-bpe": ((_GLM4,), None), "gpt-2": ((_GPT2,), None),
                    "smollm": ((r"\p{N}", _GPT2), None)}
-_CONTROL, _USER_DEFINED = 3, 4
-# No pre-tokenizer above joins a line break to visible text that follows it, so text may be encoded in pieces cut there.
-_CUT = re.compile(r"(?<=[\r\n])(?=\S)")
-_PIECE = 512   # characters; a keystroke re-encodes one piece
+_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
+_MOST_IDS = 4 << 20
+# Where text may be cut without changing its tokens. GPT-2's pattern never joins visible text to white space behind it; Qwen's and
+# GLM's end a piece behind the last line break of white space, whatever follows.
+_BEFORE_BREAKS, _BEHIND_BREAKS, _NOWHERE = re.compile(r"(?<=\S)(?=[\r\n])"), re.compile(r"(?<=[\r\n])(?=[ \t]*\S)"), re.compile(r"(?!)")
+_CUTS = {_GPT2: _BEFORE_BREAKS, _QWEN2: _BEHIND_BREAKS, _GLM4: _BEHIND_BREAKS}
+_HELD = 8 << 20   # characters of lines whose ids are kept
 
 
 @lru_cache(1)
@@ -45,8 +49,13 @@ class Tokenizer:
     def __init__(self, encoder_json: Mapping[str, Any], special: dict[str, int], where: str):
         self.special = special
         self._encoder = Encoder.from_str(json.dumps(encoder_json))
-        self._encode_piece = lru_cache(4096)(lambda text: tuple(self._encoder.encode_batch_fast([text])[0].ids))
+        self._cut = _cut(encoder_json)
+        self._lines: dict[str, list[int]] = {}
+        self._held = 0
         tokens = encoder_json["model"]["vocab"]
+        for token, index in chain(tokens.items(), special.items()):
+            if not token or type(index) is not int or not 0 <= index < _MOST_IDS:
+                raise BadCheckpoint(f"{where}: token {token!r} has the id {index!r}")
         self.vocabulary = max([*tokens.values(), *special.values()], default=-1) + 1
         self._bytes: list[bytes] = [b""] * self.vocabulary
         alphabet = _byte_of()
@@ -64,11 +73,12 @@ class Tokenizer:
         """From a tokenizer.json. BadCheckpoint if it is not one of byte-level BPE."""
         fields = read_json(path)
         model = fields.get("model")
-        if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
+        if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
             raise BadCheckpoint(f"{path}: it has no BPE model with a vocabulary")
         try:
             special = {token["content"]: token["id"] for token in fields.get("added_tokens") or ()}
-            return cls({**fields, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None}, special, str(path))
+            return cls({**fields, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None,
+                        "model": {**model, "dropout": None}}, special, str(path))
         except BadCheckpoint:
             raise
         except Exception as error:   # the library reports what it dislikes as a bare Exception
@@ -82,11 +92,20 @@ class Tokenizer:
                 raise BadCheckpoint(f"{where} lacks {key}")
         if metadata.get("tokenizer.ggml.model") != "gpt2":
             raise BadCheckpoint(f"{where}: tokenizer.ggml.model must be gpt2 (byte-level BPE), not {metadata.get('tokenizer.ggml.model')!r}")
-        tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata.get("tokenizer.ggml.token_type", [])
-        special = {token: i for i, (token, kind) in enumerate(zip(tokens, kinds)) if kind in (_CONTROL, _USER_DEFINED)}
-        pre = metadata["tokenizer.ggml.pre"]
-        if pre not in _PRE_TOKENIZERS:
+        tokens, merges, pre = (metadata["tokenizer.ggml." + name] for name in ("tokens", "merges", "pre"))
+        for name, entries in (("tokens", tokens), ("merges", merges)):
+            if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+                raise BadCheckpoint(f"{where}: tokenizer.ggml.{name} must be an array of strings")
+        kinds = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+        if not isinstance(kinds, list) or len(kinds) != len(tokens):
+            raise BadCheckpoint(f"{where}: tokenizer.ggml.token_type must have an entry for each of the {len(tokens)} tokens")
+        if len(set(tokens)) != len(tokens):
+            raise BadCheckpoint(f"{where}: a token occurs twice in tokenizer.ggml.tokens")
+        if not isinstance(pre, str) or pre not in _PRE_TOKENIZERS:
             raise BadCheckpoint(f"{where}: tokenizer.ggml.pre {pre!r} is not known; known are {', '.join(_PRE_TOKENIZERS)}")
+        special = {token: i for i, (token, kind) in enumerate(zip(tokens, kinds)) if kind in (_CONTROL, _USER_DEFINED)}
+        # Converters fill the vocabulary up to the rows of the embedding with tokens of no use: they are no text and never drawn.
+        text = {token: i for i, (token, kind) in enumerate(zip(tokens, kinds)) if kind != _UNUSED}
         patterns, normalizer = _PRE_TOKENIZERS[pre]
         splits = [{"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False} for p in patterns]
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
@@ -95,40 +114,47 @@ class Tokenizer:
                 "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "post_processor": None,
                 "normalizer": {"type": normalizer} if normalizer else None, "decoder": byte_level,
                 "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, byte_level]},
-                "model": {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "fuse_unk": False, "byte_fallback": False,
-                          "merges": [merge.split(" ", 1) for merge in metadata["tokenizer.ggml.merges"]]}}, special, where)
+                "model": {"type": "BPE", "vocab": text, "fuse_unk": False, "byte_fallback": False,
+                          "merges": [merge.split(" ", 1) for merge in merges]}}, special, where)
         except BadCheckpoint:
             raise
         except Exception as error:
             raise BadCheckpoint(f"{where}: its tokenizer is damaged: {error}") from None
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text. Lone surrogates, which no UTF-8 has, become U+FFFD."""
+        """Ids of plain text. Lone surrogates, which no UTF-8 has, become U+FFFD.
+
+        Lines seen before are looked up, so that a keystroke in a long prompt costs its own line. The rest is encoded without the GIL.
+        """
         try:
-            text.encode("utf-8")
+            text.isascii() or text.encode("utf-8")
         except UnicodeEncodeError:
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        ids: list[int] = []
-        start = 0
-        for cut in _CUT.finditer(text):
-            if cut.start() - start >= _PIECE:
-                ids += self._encode_piece(text[start:cut.start()])
-                start = cut.start()
-        return ids + list(self._encode_piece(text[start:])) if start < len(text) else ids
+        pieces, lines = self._cut.split(text), self._lines
+        if fresh := [piece for piece in dict.fromkeys(pieces) if piece not in lines]:
+            size = sum(map(len, fresh))
+            if self._held + size > _HELD:   # another thread may still read the old table
+                lines = self._lines = {}
+                self._held, fresh = 0, list(dict.fromkeys(pieces))
+            self._held += size
+            lines.update(zip(fresh, [found.ids for found in self._encoder.encode_batch_fast(fresh)]))
+        return list(chain.from_iterable(map(lines.__getitem__, pieces)))
 
     def encode_with_special(self, text: str, escape: str = "") -> list[int]:
-        """Ids of text in which the strings of special tokens mean those tokens; `escape` characters are dropped after they are found."""
+        """Ids of text in which the strings of special tokens mean those tokens, unless they are `escaped`."""
         ids: list[int] = []
         start = 0
         for match in self._special_pattern.finditer(text):
+            if escape and text.startswith(escape, match.end()):
+                continue
             ids += self.encode(_without(text[start:match.start()], escape))
             ids.append(self.special[match[0]])
             start = match.end()
         return ids + self.encode(_without(text[start:], escape))
 
     def escaped(self, text: str, escape: str) -> str:
-        """text in which no special token's string occurs, because `escape` stands behind its first character."""
-        return self._special_pattern.sub(lambda match: match[0][0] + escape + match[0][1:], text)
+        """text in which no special token's string is found, because the character `escape` stands behind each of its own."""
+        return self._special_pattern.sub(lambda match: "".join(character + escape for character in match[0]), text)
 
     def token_bytes(self, index: int) -> bytes:
         """The bytes of a token of text; none for a special token or a padding id."""
@@ -178,6 +204,23 @@ class Tokenizer:
 
 _WORD = re.compile(rb"[A-Za-z0-9_\x80-\xff]+")
 _OPEN_END = re.compile(rb"[A-Za-z0-9_\x80-\xff \t]$")
+
+
+def _cut(encoder_json: Mapping[str, Any]) -> re.Pattern:
+    """Where this tokenizer's text may be cut; nowhere if its steps are not all known."""
+    pre, normalizer = encoder_json.get("pre_tokenizer") or {}, encoder_json.get("normalizer") or {}
+    cuts = set()
+    for step in pre.get("pretokenizers", [pre]):
+        kind = step.get("type")
+        if kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
+            pattern = step["pattern"].get("Regex")
+            if pattern != r"\p{N}":
+                cuts.add(_CUTS.get(pattern, _NOWHERE))
+        elif kind == "ByteLevel" and not step.get("add_prefix_space"):
+            cuts |= {_BEFORE_BREAKS} if step.get("use_regex", True) else set()
+        elif kind != "Digits":
+            return _NOWHERE
+    return cuts.pop() if len(cuts) == 1 and normalizer.get("type", "NFC") == "NFC" else _NOWHERE
 
 
 def _without(text: str, escape: str) -> str:

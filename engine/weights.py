@@ -62,7 +62,11 @@ class WeightStore:
             self._backend.copy_in(out, info.data)
         else:
             values = self._floats(info)
-            self._backend.copy_in(out, struct.pack(f"<{d}f", *(map(transform, values) if transform else values)))
+            try:
+                packed = struct.pack(f"<{d}f", *(map(transform, values) if transform else values))
+            except (ArithmeticError, ValueError) as error:
+                raise self._bad(name, f"holds a value that cannot be used: {error}") from None
+            self._backend.copy_in(out, packed)
         self.nbytes += out.nbytes
         return out
 
