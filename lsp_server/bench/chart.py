@@ -87,7 +87,7 @@ def shares(rows: Sequence[tuple[str, float, float]], label: str) -> str:
 
 def number(value: float) -> str:
     """Three digits are what a clock on a busy machine is good for."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value >= 1 else f"{value:.2f}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value >= 1 else f"{value:.2f}" if value else "0"
 
 
 def _vertical_grid(axis: LogAxis, bottom: float, label: str) -> list[str]:

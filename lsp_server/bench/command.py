@@ -69,7 +69,7 @@ async def _measure(options: argparse.Namespace, server_options: list[str], trace
     ours, model, read = await _pio("pio-lsp", server_options, options.seconds, traces, console)
     runs = [ours]
     if options.no_reuse:
-        runs += (await _pio("pio-lsp without reuse", [*server_options, "--no-reuse"], OTHERS_PATIENCE * options.seconds, traces,
+        runs += (await _pio("without reuse", [*server_options, "--no-reuse"], OTHERS_PATIENCE * options.seconds, traces,
                             console))[:1]
     if options.against:
         runs.append(await _llama_server(options, traces, ours, console))

@@ -91,7 +91,7 @@ def _kinds(run: dict[str, Any]) -> list[Text]:
 
 
 def _beside(ours: dict[str, Any], other: dict[str, Any], ratios: dict[str, dict[str, float]]) -> list[Text]:
-    lines = [_head("", "its first token, ms", "ours, ms", "times longer"), _names(f"beside {other['name']}", "p50", "p90")]
+    lines = [_head("", "its first token, ms", "ours, ms", "times longer"), _names(other["name"], "p50", "p90")]
     for kind, ratio in ratios.items():
         theirs, mine = other["kinds"][kind], ours["kinds"][kind]
         longer = (f"{ratio[p]:.1f}" for p in ("p50", "p90"))

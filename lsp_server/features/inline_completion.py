@@ -167,6 +167,8 @@ async def begin_ahead(session: Session, cursor: Cursor) -> None:
     uri, s = cursor.document.uri, session.settings
     if session.engine is None or not s.prefill or not s.enable or session.asked.get(uri) is cursor.document:
         return
+    if session.suggestions.typed_along(uri, cursor.document.text, cursor.offset) is not None:
+        return   # the answer is there already
     number = session.latest.get(uri, 0)
     try:
         if not s.secrets and await session.in_worker(session.privacy.reason, uri):

@@ -212,6 +212,17 @@ async def test_begun_ahead_it_is_there_when_somebody_asks(editor):
     assert await editor.ask() == "our" and len(editor.engine.streams) == 1
 
 
+async def test_nothing_begins_ahead_while_the_suggestion_on_the_screen_is_typed(editor):
+    request = editor.ask()
+    [stream] = await editor.streams(1)
+    stream.feed("four")
+    stream.end()
+    assert await request == "four"
+    editor.type("fo")
+    await begin_ahead(editor.session, editor.cursor)
+    assert await editor.ask() == "ur" and len(editor.engine.streams) == 1
+
+
 async def test_nothing_begins_ahead_of_a_request_that_came(editor):
     request = editor.ask()
     await begin_ahead(editor.session, editor.cursor)
