@@ -38,7 +38,8 @@ class Settings:
         """(settings, one message for each entry that was ignored). Keys may be snake_case or camelCase."""
         base = base or cls()
         if not isinstance(value, Mapping):
-            return base, [] if value is None else [f"settings must be an object, not {type(value).__name__}"]
+            # An empty list is what an empty table of Lua becomes.
+            return base, [] if value is None or value == [] else [f"settings must be an object, not {type(value).__name__}"]
         known, messages, chosen = {a.name: a for a in fields(cls)}, [], {}
         for key, entry in value.items():
             attribute = known.get(_snake(str(key)))

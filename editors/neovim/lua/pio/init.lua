@@ -32,11 +32,12 @@ function M.start(buf)
     cmd = M.config.cmd,
     root_dir = vim.fs.root(buf, { ".git" }) or vim.fs.dirname(vim.api.nvim_buf_get_name(buf)),
     capabilities = capabilities,
-    init_options = M.config.settings,
+    init_options = next(M.config.settings) and M.config.settings or vim.empty_dict(),
     handlers = {
       ["pio/didChangeStatus"] = function(_, status)
         M.last_status = status
         vim.api.nvim_exec_autocmds("User", { pattern = "PioStatus" })
+        vim.cmd.redrawstatus({ bang = true })
       end,
     },
   }, { bufnr = buf, reuse_client = function(client) return client.name == "pio" end })
