@@ -16,6 +16,7 @@ from pathlib import Path
 
 from neovim import NVIM, PLUGIN
 from rich.console import Console
+from rich.terminal_theme import TerminalTheme
 from rich.text import Text
 
 BEGIN = '''import json
@@ -35,7 +36,7 @@ def main(target: Path) -> None:
     init = folder / "init.lua"
     options = {"cmd": [sys.executable, "-m", "inference_pio.lsp_server"]}
     init.write_text("vim.o.swapfile = false\nvim.o.shadafile = 'NONE'\nvim.o.termguicolors = true\nvim.o.number = true\nvim.o.laststatus = 2\n"
-                    "vim.o.statusline = \" %f %=%{v:lua.require'pio'.statusline()} \"\n"
+                    "vim.o.statusline = \" %t %=%{v:lua.require'pio'.statusline()} \"\n"
                     f"vim.opt.runtimepath:prepend({json.dumps(str(PLUGIN))})\n"
                     f"require('pio').setup(vim.json.decode({json.dumps(json.dumps(options))}))\n")
     subprocess.run([*tmux, "new-session", "-d", "-x", "96", "-y", "18", f"{NVIM} --clean -u {init} {file}"], check=True)
@@ -60,7 +61,8 @@ def main(target: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     console = Console(record=True, width=96, file=open("/dev/null", "w"), force_terminal=True, color_system="truecolor")
     console.print(Text.from_ansi(picture.rstrip("\n")))
-    svg = console.export_svg(title="Neovim with pio")
+    grey = [(96, 96, 96)] * 8
+    svg = console.export_svg(title="Neovim with pio", theme=TerminalTheme((20, 22, 27), (224, 226, 234), grey, grey))
     svg = re.sub(r"<!-- .*? -->\s*", "", svg)
     target.write_text(re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.S), encoding="utf-8")   # no fonts from the network
     print(re.sub(r"\x1b\[[0-9;]*m", "", picture))
