@@ -7,7 +7,7 @@ import sys
 from typing import Any, BinaryIO
 
 from lsprotocol import types
-from pygls.exceptions import JsonRpcException
+from pygls.exceptions import JsonRpcException, JsonRpcInvalidRequest
 from pygls.protocol import LanguageServerProtocol
 from pygls.protocol.json_rpc import JsonRPCNotification
 from pygls.protocol.language_server import lsp_method
@@ -16,27 +16,24 @@ from pygls.protocol.language_server import lsp_method
 class Protocol(LanguageServerProtocol):
     """Documents are ours (see documents.py): pygls splits lines where LSP does not and keeps a second copy of every text."""
 
-    def __init__(self, *arguments: Any, **options: Any):
-        self._inner: dict[Any, set] = {}   # request -> the coroutines that its generator handler has handed its work to
-        super().__init__(*arguments, **options)
-
     def _execute_handler(self, msg_id, handler, callback, args=None, kwargs=None):
+        """A generator handler hands its work on under a second id, which pygls neither forgets nor cancels with the first."""
         super()._execute_handler(msg_id, handler, callback, args, kwargs)
-        outer = self.msg_id
-        if outer is not None and outer != msg_id and msg_id in self._request_futures:
-            self._inner.setdefault(outer, set()).add(msg_id)
+        future, request = self._request_futures.get(msg_id), self._request_futures.get(self.msg_id)
+        if future is None:
+            return
+        future.add_done_callback(lambda _: self._request_futures.pop(msg_id, None))
+        if request is not None and request is not future:
+            request.add_done_callback(lambda done: done.cancelled() and future.cancel())
 
-    def _handle_cancel_notification(self, msg_id):
-        """pygls tells the client that a request of a generator handler is cancelled, and lets its coroutine run to the end."""
-        inner = self._inner.pop(msg_id, ())
-        super()._handle_cancel_notification(msg_id)
-        for number in inner:
-            if (future := self._request_futures.pop(number, None)) is not None:
+    @lsp_method(types.SHUTDOWN)
+    def lsp_shutdown(self, *params: Any):
+        """pygls stumbles over requests that end while it cancels them."""
+        yield from self._hand_on(types.SHUTDOWN, *params)
+        for number, future in list(self._request_futures.items()):
+            if number != self.msg_id:
                 future.cancel()
-
-    def _send_handler_result(self, future, *, msg_id):
-        self._inner.pop(msg_id, None)
-        super()._send_handler_result(future, msg_id=msg_id)
+        self._shutdown = True
 
     @lsp_method(types.TEXT_DOCUMENT_DID_OPEN)
     def lsp_text_document__did_open(self, params: types.DidOpenTextDocumentParams):
@@ -50,17 +47,22 @@ class Protocol(LanguageServerProtocol):
     def lsp_text_document__did_close(self, params: types.DidCloseTextDocumentParams):
         yield from self._hand_on(types.TEXT_DOCUMENT_DID_CLOSE, params)
 
-    def _hand_on(self, method: str, params: Any):
-        yield self.fm.features[method], (params,), None
+    def _hand_on(self, method: str, *params: Any):
+        yield self.fm.features[method], params, None
 
     def structure_message(self, data: dict[str, Any]) -> Any:
         """A request whose parameters cannot be read is answered; pygls would let the client wait for ever."""
+        number, method = data.get("id"), data.get("method")
+        if isinstance(method, str) and self.get_message_type(method) is None:
+            data.setdefault("params", None)   # JSON-RPC lets them be left out
         try:
+            if not isinstance(number, int | str | None):
+                raise JsonRpcInvalidRequest(f"the id of a request must be a number or a text, not {type(number).__name__}")
             return super().structure_message(data)
         except JsonRpcException as error:
-            if "id" not in data or "method" not in data:
+            if method is None or number is None:
                 raise
-            self._send_response(data["id"], error=error.to_response_error())
+            self._send_response(number if isinstance(number, int | str) else None, error=error.to_response_error())
             return JsonRPCNotification(method="$/unreadable", jsonrpc="2.0", params=None)
 
 
