@@ -9,13 +9,14 @@
 #include "tensor_ops.h"
 
 struct tops_stream {
-    int device;
+    int device, multiprocessors, architecture;   /* 90: compute capability 9.0 */
     cudaStream_t cuda;
     unsigned char *scratch;
     int64_t scratch_bytes;
     unsigned char *pinned;      /* ring through which small copies go, so that host memory may be reused at once */
     int64_t pinned_used;
     cudaEvent_t pinned_free;
+    unsigned *counters;         /* 4096 zeros; a kernel that counts leaves zeros behind */
 };
 
 int tops_fail(int status, const char *format, ...) __attribute__((format(printf, 2, 3)));
@@ -48,6 +49,8 @@ struct Scratch {
 template <typename... P, typename... A>
 int launch(tops_stream *stream, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, int cluster, A... arguments) {
     CUDA(cudaSetDevice(stream->device));   /* of the calling thread, which may not be the one that made the stream */
+    /* All kernels split a multiprocessor's memory alike: one that did not would wait until it is empty. */
+    CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
     cudaLaunchAttribute attributes[2] = {};
     int count = 0;
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;

@@ -3,8 +3,6 @@
 #include <cstdio>
 #include <cstring>
 
-
-
 #include "device.cuh"
 
 static thread_local char last_error[512];
@@ -73,10 +71,18 @@ int tops_stream_create(tops_stream **stream, int32_t device, int32_t threads) {
     CUDA(cudaSetDevice(device));
     tops_stream *created = new tops_stream();
     created->device = device;
-    cudaError_t error = cudaStreamCreateWithFlags(&created->cuda, cudaStreamNonBlocking);
+    cudaError_t error = cudaDeviceGetAttribute(&created->multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    int major = 0, minor = 0;
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    created->architecture = 10 * major + minor;
+    if (error == cudaSuccess) error = cudaStreamCreateWithFlags(&created->cuda, cudaStreamNonBlocking);
     if (error == cudaSuccess) error = cudaMallocHost(reinterpret_cast<void **>(&created->pinned), (size_t)RING);
+    if (error == cudaSuccess) error = cudaMalloc(reinterpret_cast<void **>(&created->counters), 4096 * sizeof(unsigned));
+    if (error == cudaSuccess) error = cudaMemset(created->counters, 0, 4096 * sizeof(unsigned));
     if (error == cudaSuccess) error = cudaEventCreateWithFlags(&created->pinned_free, cudaEventDisableTiming);
     if (error != cudaSuccess) {
+        cudaFree(created->counters);
         if (created->pinned) cudaFreeHost(created->pinned);
         if (created->cuda) cudaStreamDestroy(created->cuda);
         delete created;
@@ -90,6 +96,7 @@ int tops_stream_destroy(tops_stream *stream) {
     if (!stream) return TOPS_OK;
     cudaStreamSynchronize(stream->cuda);
     cudaFree(stream->scratch);
+    cudaFree(stream->counters);
     cudaFreeHost(stream->pinned);
     cudaEventDestroy(stream->pinned_free);
     cudaStreamDestroy(stream->cuda);

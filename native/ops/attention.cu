@@ -188,6 +188,7 @@ int tops_paged_attention(tops_stream *stream, void *out, const void *qkv, const 
     SpanShape s{(int)h, (int)g, (int)p, (int)kv->page_size, __builtin_ctz((unsigned)kv->page_size | 1u << 30), 1, (int)(h / g), ((gated ? 2 * h : h) + 2 * g) * p, batch->max_pages, scale, gated != 0};
     if (dtype == TOPS_BF16 && kv->dtype == TOPS_BF16 && batch->b < n && prefill_supports((int)p, (int)kv->page_size))
         return attend_prompt(stream, static_cast<__nv_bfloat16 *>(out), static_cast<const __nv_bfloat16 *>(qkv), kv, batch, s);
+    if (decode_supports(kv, n, s)) return attend_decode(stream, out, qkv, kv, batch, s, dtype);
     if (n <= 64) s.splits = (int)min(ceil_div(longest, SPAN_LEAST), (int64_t)SPLITS_MOST);
     int status = TOPS_OK;
     BY_STORAGE(dtype, {

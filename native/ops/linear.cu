@@ -1,7 +1,8 @@
 /* Linear layers: rows are prepared once (normed, rounded); a few go to gemv.cu, many to gemm.cu. */
 #include "../cuda/linear.cuh"
+#include "../cuda/ring.cuh"
 
-enum { FEW = 16, AT_ONCE = 8 };
+enum { FEW = 16, STREAM_NORM_MOST = 4096 };
 
 /* A block for each 1024 columns of a row; each of them sums the whole row for its norm, which costs less than another kernel. */
 template <typename T>
@@ -95,9 +96,28 @@ static int run_many(tops_stream *stream, void *out, int64_t out_cols, bool out_f
             if (status) return status;
             int64_t place = row + first;
             void *to = static_cast<char *>(out) + place * (out_f32 ? 4 : 2);
-            if ((status = gemm(stream, to, out_cols, out_f32, add, x, values, n, rows, cols))) return status;
+            if (gemm_hopper_supports(stream, x, values, cols)) status = gemm_hopper(stream, to, out_cols, out_f32, add, x, values, nullptr, n, rows, cols);
+            else status = gemm(stream, to, out_cols, out_f32, add, x, values, n, rows, cols);
+            if (status) return status;
         }
         row += w[i].rows;
+    }
+    return TOPS_OK;
+}
+
+/* Gate and up in one product, whose blocks store silu(gate) * up. */
+static int run_gate_up(tops_stream *stream, void *out, const __nv_bfloat16 *x, const tops_weight *w, int64_t n, Scratch scratch) {
+    const int64_t cols = w->cols, step = w[0].dtype == TOPS_BF16 && w[1].dtype == TOPS_BF16 ? w->rows : 4096;
+    __nv_bfloat16 *decoded[2] = {};
+    for (int i = 0; i < 2; i++)
+        if (w[i].dtype != TOPS_BF16) REQUIRE_SCRATCH(decoded[i] = scratch.take<__nv_bfloat16>(step * cols));
+    for (int64_t first = 0; first < w->rows; first += step) {
+        const int64_t rows = w->rows - first < step ? w->rows - first : step;
+        const __nv_bfloat16 *values[2];
+        int status = TOPS_OK;
+        for (int i = 0; i < 2 && !status; i++) status = as_bf16(stream, &values[i], w + i, first, rows, decoded[i]);
+        if (!status) status = gemm_hopper(stream, static_cast<__nv_bfloat16 *>(out) + first, w->rows, false, false, x, values[0], values[1], n, rows, cols);
+        if (status) return status;
     }
     return TOPS_OK;
 }
@@ -138,6 +158,50 @@ static int run_few(tops_stream *stream, void *out, const tops_weight *w, int par
     return TOPS_OK;
 }
 
+/* Whether the streaming kernels (gemv_stream.cuh) take these matrices: they norm and round rows of x for themselves. */
+static bool streams(const tops_weight *w, int parts, int64_t n, bool norm, int dtype) {
+    if (n > FEW || w->cols % 8 || (norm && w->cols > STREAM_NORM_MOST)) return false;
+    for (int i = 0; i < parts; i++) {
+        if (!ring_supports(w + i) || (is_quantised(w[i].dtype) && w[i].activations != TOPS_Q8_0)) return false;
+        if (w[i].dtype == TOPS_BF16 && dtype == TOPS_BF16 && n > 1) return false;   /* tensor cores */
+    }
+    return true;
+}
+
+static int run_streams(tops_stream *stream, void *out, const void *x, const float *norm, const tops_weight *w, int parts, int64_t n, float eps, int dtype,
+                       int mode, bool out_f32, bool round) {
+    int64_t rows = 0, row = 0, done = 0;
+    for (int i = 0; i < parts; i++) rows += w[i].rows;
+    for (int i = 0; i < parts;) {
+        Product product{};
+        product.mode = mode;
+        product.out_f32 = out_f32;
+        product.out_cols = mode == GATE_UP ? w->rows : rows;
+        product.cols = w->cols;
+        product.norm = norm;
+        product.eps = eps;
+        product.x_f32 = dtype == TOPS_F32;
+        product.round = round;
+        const int format = w[i].dtype;
+        do {   /* neighbours in one format go together */
+            product.parts[product.count] = matrix_of(w + i);
+            product.first_row[product.count++] = row;
+            product.rows += w[i].rows;
+            row += w[i].rows;
+            i++;
+        } while (i < parts && w[i].dtype == format);
+        REQUIRE_SUPPORTED(mode != GATE_UP || product.count == 2, "w: gate and up must be in one format");
+        for (int64_t first = 0; first < n && product.rows; first += done) {
+            product.n = n - first;
+            product.out = static_cast<char *>(out) + first * product.out_cols * (out_f32 ? 4 : 2);
+            product.x = static_cast<const char *>(x) + first * product.cols * (product.x_f32 ? 4 : 2);
+            int status = is_quantised(format) ? gemv_stream_integers(stream, product, format, done) : gemv_stream_floats(stream, product, format, done);
+            if (status) return status;
+        }
+    }
+    return TOPS_OK;
+}
+
 static int run(tops_stream *stream, void *out, const void *x, const float *norm, const tops_weight *w, int parts, int64_t n, float eps, int dtype, int mode) {
     REQUIRE(n >= 0, "n: must be at least 0, not %lld", (long long)n);
     REQUIRE(parts >= 1 && parts <= 4, "parts: must be in 1..4, not %d", parts);
@@ -161,6 +225,8 @@ static int run(tops_stream *stream, void *out, const void *x, const float *norm,
     const bool many = n > FEW && round && cols % 8 == 0 && dtype == TOPS_BF16;
     if (many) integers = false, others = true;
 
+    if (!many && streams(w, parts, n, norm != nullptr, dtype)) return run_streams(stream, out, x, norm, w, parts, n, eps, dtype, mode, out_f32, round);
+
     Scratch scratch(stream);
     Inputs in{};
     if (others && round && dtype == TOPS_BF16 && !norm) in.bf16 = static_cast<const __nv_bfloat16 *>(x);
@@ -176,6 +242,7 @@ static int run(tops_stream *stream, void *out, const void *x, const float *norm,
                                           const_cast<int8_t *>(in.q8), const_cast<float2 *>(in.steps), static_cast<const T *>(x), norm, cols, eps, round));
     if (status) return status;
 
+    if (many && mode == GATE_UP && gemm_hopper_supports(stream, in.bf16, w->data, cols)) return run_gate_up(stream, out, in.bf16, w, n, scratch);
     if (many && mode == GATE_UP) {
         __nv_bfloat16 *both = scratch.take<__nv_bfloat16>(n * rows);
         REQUIRE_SCRATCH(both);

@@ -87,7 +87,7 @@ def test_rms_norm_linear_of_stacked_parts_in_mixed_formats(backend, rng, activat
 
 @pytest.mark.parametrize("storage", [DType.F32, DType.BF16], ids=lambda d: d.name)
 @pytest.mark.parametrize("dtype", [DType.F32, DType.BF16, DType.Q8_0, DType.Q4_K], ids=lambda d: d.name)
-@pytest.mark.parametrize("n", [0, 1, 9])
+@pytest.mark.parametrize("n", [0, 1, 9, 150])
 def test_gate_up_silu_residual_and_logits(backend, rng, storage, dtype, n):
     d, i = 256, 512
     x, norm = round_to(rng.standard_normal((n, d)), storage), rng.uniform(0.5, 1.5, d).astype(np.float32)
