@@ -61,6 +61,58 @@ __global__ void norm_rope_store(T *qkv, C *cache_k, C *cache_v, const int32_t *s
     for (int c = lane; c < p; c += 32) to[c] = from_float<C>(x[c]);
 }
 
+/* The same where each lane holds both halves of its rotated pairs: half-split, r / 2 a multiple of 32. p = 32 EACH. */
+template <typename T, typename C, int EACH>
+__global__ void __launch_bounds__(128) norm_rotate_store(T *qkv, C *cache_k, C *cache_v, const int32_t *slots, const float *table, const float *q_norm, const float *k_norm,
+                                                         int h, int g, int r, int64_t row_cols, int page_size, float eps) {
+    constexpr int P = 32 * EACH;
+    launch_dependents();
+    const int head = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int64_t t = blockIdx.y;
+    if (head >= h + 2 * g) return;
+    const float *norm = head < h ? q_norm : head < h + g ? k_norm : nullptr;
+    const int slot = slots[t];
+    float weight[EACH], x[EACH];
+    float2 turn[EACH / 2];
+#pragma unroll
+    for (int i = 0; i < EACH; i++) weight[i] = norm ? norm[lane + 32 * i] : 1.0f;
+    wait_for_inputs();
+    T *from = qkv + t * row_cols + (int64_t)head * P;
+#pragma unroll
+    for (int i = 0; i < EACH; i++) x[i] = to_float(from[lane + 32 * i]);
+#pragma unroll
+    for (int i = 0; i < EACH / 2; i++)
+        turn[i] = head < h + g && 32 * i < r / 2 ? reinterpret_cast<const float2 *>(table + t * r)[lane + 32 * i] : make_float2(1.0f, 0.0f);
+    if (norm) {
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < EACH; i++) sum += x[i] * x[i];
+        const float factor = 1.0f / sqrtf(warp_sum(sum) / (float)P + eps);
+#pragma unroll
+        for (int i = 0; i < EACH; i++) x[i] = x[i] * factor * weight[i];
+    }
+    if (head < h + g) {
+#pragma unroll
+        for (int half = EACH / 2; half; half /= 2)   /* r / 2 = 32 half */
+            if (r == 64 * half)
+#pragma unroll
+                for (int i = 0; i < half; i++) {
+                    const float a = x[i], b = x[i + half];
+                    x[i] = a * turn[i].x - b * turn[i].y;
+                    x[i + half] = b * turn[i].x + a * turn[i].y;
+                }
+    }
+    if (head < h) {
+#pragma unroll
+        for (int i = 0; i < EACH; i++) from[lane + 32 * i] = from_float<T>(x[i]);
+        return;
+    }
+    const int64_t page = slot / page_size, in_page = slot % page_size;
+    C *to = (head < h + g ? cache_k : cache_v) + ((page * g + (head - h) % g) * page_size + in_page) * P;
+#pragma unroll
+    for (int i = 0; i < EACH; i++) to[lane + 32 * i] = from_float<C>(x[i]);
+}
+
 int tops_qk_norm_rope_store(tops_stream *stream, void *qkv, const tops_kv *kv, const tops_batch *batch, const float *table,
                             const float *q_norm, const float *k_norm, int64_t h, int64_t g, int64_t p, int64_t r,
                             int32_t pairs, int32_t gated, float eps, int32_t dtype) {
@@ -71,6 +123,20 @@ int tops_qk_norm_rope_store(tops_stream *stream, void *qkv, const tops_kv *kv, c
     dim3 grid((unsigned)ceil_div(h + 2 * g, 4), (unsigned)batch->n), block(128);
     int64_t row_cols = ((gated ? 2 * h : h) + 2 * g) * p;
     int status = TOPS_OK;
+    const bool halves = !pairs && (p == 64 || p == 128 || p == 256) && (r == 64 || r == 128 || r == 256);
+#define ROTATE_AS(C, EACH) \
+    BY_STORAGE(dtype, status = launch(stream, norm_rotate_store<T, C, EACH>, grid, block, 0, 1, static_cast<T *>(qkv), static_cast<C *>(kv->k), static_cast<C *>(kv->v), \
+                                      batch->slots, table, q_norm, k_norm, (int)h, (int)g, (int)r, row_cols, (int)kv->page_size, eps))
+#define ROTATE(EACH) \
+    do { \
+        if (kv->dtype == TOPS_F32) ROTATE_AS(float, EACH); \
+        else if (kv->dtype == TOPS_F16) ROTATE_AS(__half, EACH); \
+        else ROTATE_AS(__nv_bfloat16, EACH); \
+        return status; \
+    } while (0)
+    if (halves && p == 64) ROTATE(2);
+    if (halves && p == 128) ROTATE(4);
+    if (halves && p == 256) ROTATE(8);
 #define STORE_AS(C) \
     BY_STORAGE(dtype, status = launch(stream, norm_rope_store<T, C>, grid, block, 0, 1, static_cast<T *>(qkv), static_cast<C *>(kv->k), static_cast<C *>(kv->v), \
                                       batch->slots, table, q_norm, k_norm, (int)h, (int)g, (int)p, (int)r, (int)pairs, row_cols, (int)kv->page_size, eps))
