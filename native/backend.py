@@ -177,10 +177,13 @@ class Backend:
 
     def pack(self, parts: Sequence[tuple], activations: DType) -> Weight:
         """Matrices (rows as files hold them, dtype, rows, cols, f32 block scales or None) as one stacked Weight."""
-        return self.pack_experts([[part] for part in parts], activations)
+        return self._pack_stacks([[part] for part in parts], activations, self.lib.tops_packed_bytes, self.lib.tops_pack)
 
     def pack_experts(self, parts: Sequence[Sequence[tuple]], activations: DType) -> Weight:
         """Each part is a stack of matrices of one shape and format, which lie one after the other: one for each expert."""
+        return self._pack_stacks(parts, activations, self.lib.tops_packed_expert_bytes, self.lib.tops_pack_expert)
+
+    def _pack_stacks(self, parts: Sequence[Sequence[tuple]], activations: DType, packed_bytes, pack) -> Weight:
         struct = self.ffi.new("tops_weight[]", len(parts))
         total, keep = 0, []
         for entry, matrices in zip(struct, parts, strict=True):
@@ -188,7 +191,7 @@ class Backend:
             if any(matrix[1:4] != (dtype, rows, cols) or (matrix[4] is None) != (scales is None) for matrix in matrices):
                 raise ValueError(f"the experts of a layer must all be {DType(dtype).name} of {rows} x {cols}")
             expected = rows * row_bytes(dtype, cols)
-            nbytes = self.lib.tops_packed_bytes(dtype, rows, cols)
+            nbytes = packed_bytes(dtype, rows, cols)
             if nbytes < 0:
                 raise TensorOpsError(f"{self.device} has no kernels for a {DType(dtype).name} matrix of {rows} x {cols}")
             entry.data = self._arena_take(nbytes * len(matrices))
@@ -196,7 +199,7 @@ class Backend:
                 data = memoryview(matrix[0]).cast("B")
                 if len(data) != expected:
                     raise ValueError(f"a {DType(dtype).name} matrix of {rows} x {cols} has {expected} bytes, not {len(data)}")
-                self._pack_into(self.ffi.cast("char *", entry.data) + index * nbytes, data, dtype, rows, cols)
+                self._pack_into(pack, self.ffi.cast("char *", entry.data) + index * nbytes, data, dtype, rows, cols)
             if scales is not None:
                 blocks = self.tensor((len(matrices), -(-rows // 128), -(-cols // 128)), DType.F32)
                 for index, matrix in enumerate(matrices):
@@ -209,13 +212,13 @@ class Backend:
         return Weight(struct, tuple(len(part) * part[0][2] for part in parts), cols, total,
                       tuple(DType(part[0][1]) for part in parts), tuple(keep))
 
-    def _pack_into(self, out, data: memoryview, dtype: DType, rows: int, cols: int) -> None:
+    def _pack_into(self, pack, out, data: memoryview, dtype: DType, rows: int, cols: int) -> None:
         if self.kind == "cpu":
-            self.check(self.lib.tops_pack(self.stream, out, self.ffi.from_buffer(data), dtype, rows, cols))
+            self.check(pack(self.stream, out, self.ffi.from_buffer(data), dtype, rows, cols))
             return
         staging = self.tensor((len(data),), DType.U8)
         self.copy_in(staging, data)
-        self.check(self.lib.tops_pack(self.stream, out, staging.pointer, dtype, rows, cols))
+        self.check(pack(self.stream, out, staging.pointer, dtype, rows, cols))
         self.free(staging)
 
     def _arena_take(self, nbytes: int):

@@ -108,9 +108,9 @@ def _safetensors_experts(c: Config, source: TensorSource, prefix: str) -> Expert
         norm=source.vector(prefix + "post_attention_layernorm.weight", d, _one_plus),
         router=source.weight(p + "gate.weight", p + "shared_expert_gate.weight", rows=e + 1, cols=d),
         gate_up=source.experts(gate, up, e=e, rows=i, cols=d),
-        shared_gate_up=source.weight(p + "shared_expert.gate_proj.weight", p + "shared_expert.up_proj.weight", rows=2 * i, cols=d),
+        shared_gate_up=source.experts([p + "shared_expert.gate_proj.weight"], [p + "shared_expert.up_proj.weight"], e=1, rows=i, cols=d),
         down=source.experts(down, e=e, rows=d, cols=i),
-        shared_down=source.weight(p + "shared_expert.down_proj.weight", rows=d, cols=i))
+        shared_down=source.experts([p + "shared_expert.down_proj.weight"], e=1, rows=d, cols=i))
 
 
 def _gguf_layer(c: Config, source: TensorSource, index: int) -> Layer:
@@ -150,6 +150,6 @@ def _gguf_experts(c: Config, source: TensorSource, p: str) -> Experts:
         norm=source.vector(p + "post_attention_norm.weight", d),
         router=source.weight(p + "ffn_gate_inp.weight", p + "ffn_gate_inp_shexp.weight", rows=e + 1, cols=d),
         gate_up=source.experts(gate, up, e=e, rows=i, cols=d),
-        shared_gate_up=source.weight(p + "ffn_gate_shexp.weight", p + "ffn_up_shexp.weight", rows=2 * i, cols=d),
+        shared_gate_up=source.experts([p + "ffn_gate_shexp.weight"], [p + "ffn_up_shexp.weight"], e=1, rows=i, cols=d),
         down=source.experts(p + "ffn_down_exps.weight", e=e, rows=d, cols=i),
-        shared_down=source.weight(p + "ffn_down_shexp.weight", rows=d, cols=i))
+        shared_down=source.experts([p + "ffn_down_shexp.weight"], e=1, rows=d, cols=i))

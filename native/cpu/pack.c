@@ -153,6 +153,12 @@ static void unpack_row(float *out, const tops_weight *w, int64_t index) {
     }
 }
 
+/* An expert's rows are groups like any other's. */
+int64_t tops_packed_expert_bytes(int32_t dtype, int64_t rows, int64_t cols) { return tops_packed_bytes(dtype, rows, cols); }
+int tops_pack_expert(tops_stream *stream, void *out, const void *in, int32_t dtype, int64_t rows, int64_t cols) {
+    return tops_pack(stream, out, in, dtype, rows, cols);
+}
+
 int tops_unpack_rows(tops_stream *stream, float *out, const tops_weight *w, int64_t first, int64_t count) {
     (void)stream;
     REQUIRE(tops_packed_bytes(w->dtype, w->rows, w->cols) >= 0, "w: no packed layout for dtype %d with %lld columns", w->dtype, (long long)w->cols);

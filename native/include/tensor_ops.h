@@ -146,6 +146,9 @@ int tops_graph_free(tops_stream *stream, tops_graph *graph);
 int64_t tops_packed_bytes(int32_t dtype, int64_t rows, int64_t cols);
 int tops_pack(tops_stream *stream, void *out, const void *in, int32_t dtype, int64_t rows, int64_t cols);
 int tops_unpack_rows(tops_stream *stream, float *out, const tops_weight *w, int64_t first, int64_t count);
+/* The same for a matrix of an expert, which a library may lay out in another way. */
+int64_t tops_packed_expert_bytes(int32_t dtype, int64_t rows, int64_t cols);
+int tops_pack_expert(tops_stream *stream, void *out, const void *in, int32_t dtype, int64_t rows, int64_t cols);
 /* in f32 [rows, cols] -> file layout of dtype Q8_0 or Q4_0 (round to nearest), bf16 or f16 */
 int tops_quantize(tops_stream *stream, void *out, const float *in, int32_t dtype, int64_t rows, int64_t cols);
 int tops_convert(tops_stream *stream, void *out, int32_t out_dtype, const void *in, int32_t in_dtype, int64_t count);  /* f32, f16, bf16 */
@@ -205,7 +208,8 @@ int tops_gated_delta_rule(tops_stream *stream, void *out, const void *x, const f
 int tops_rms_norm_route(tops_stream *stream, void *normed, float *logits, int32_t *experts, float *shares, const void *x,
                         const float *norm, const tops_weight *w, int32_t parts, int64_t n, int64_t k, int32_t renormalize, float eps,
                         int32_t dtype);
-/* w, a stack of e experts, holds e matrices of rows / e rows, each as tops_pack left it, one after the other; so do its scales.
+/* w, a stack of e experts, holds e matrices of rows / e rows, each as tops_pack_expert left it, one after the other; so do its
+ * scales. The shared expert is a stack of one. A GPU rounds the scales of Q4_K, Q5_K and Q6_K experts to f16 (2^-11).
  * gate_up_silu: out [n, k + 1, i] = silu(x Wgate^T) * (x Wup^T) with w = {gate, up} of the token's k experts, then of the shared one
  * down_add: out [n, d] += sum over j of shares[j] x[j] Wdown^T,  x [n, k + 1, i] */
 int tops_experts_gate_up_silu(tops_stream *stream, void *out, const void *x, const int32_t *experts, const tops_weight *w,

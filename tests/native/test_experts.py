@@ -2,8 +2,11 @@
 
 import numpy as np
 import pytest
+from arrays import Guarded, round_to
+from arrays import put as store
 from inference_pio.native import ops
 from inference_pio.native.dtype import DType
+from weights import QUANTISED, random_weight
 
 EPS = 1e-6
 
@@ -131,6 +134,57 @@ def test_experts(backend, n, d, i, e, k, dtype, rng):
             expected[t] += shares[t, j] * (downs[chosen[t, j]] @ act[t, j])
         expected[t] += shares[t, k] * (shared_out[0] @ act[t, k])
     close(out[:n], expected)
+
+
+@pytest.mark.parametrize("dtype", [DType.BF16, DType.FP8_E4M3, *QUANTISED], ids=lambda d: d.name)
+@pytest.mark.parametrize("n", [1, 5, 16, 17, 100])
+def test_experts_in_every_format_with_bf16_storage(backend, n, dtype, rng):
+    """What a GPU computes with tensor cores: one token, a few, and enough for several to share an expert."""
+    d, i, e, k = 256, 512, 6, 3
+
+    def experts(count, rows, cols, parts):
+        made = [[random_weight(rng, dtype, rows, cols) for _ in range(count)] for _ in range(parts)]
+        stacks = [[(data, dtype, rows, cols, None if scales is None else scales.tobytes()) for data, _, scales in part] for part in made]
+        return backend.pack_experts(stacks, DType.BF16), [np.stack([values for _, values, _ in part]) for part in made]
+
+    (gate_up, (gates, ups)), (shared, (shared_gate, shared_up)) = experts(e, i, d, 2), experts(1, i, d, 2)
+    (down, (downs,)), (shared_down, (shared_out,)) = experts(e, d, i, 1), experts(1, d, i, 1)
+    x = round_to(rng.normal(0, 1, (n, d)), DType.BF16)
+    chosen = np.array([rng.permutation(e)[:k] for _ in range(n)], "i4")
+    shares = rng.uniform(0, 1, (n, k + 1)).astype("f4")
+    act, ids = Guarded(backend, n, (k + 1) * i, DType.BF16), put(backend, chosen, DType.I32)
+    ops.experts_gate_up_silu(act.tensor, store(backend, x, DType.BF16), ids, gate_up, shared, n)
+    got = act.read().reshape(n, k + 1, i)
+    expected = np.stack([np.stack([silu(gates[c] @ x[t]) * (ups[c] @ x[t]) for c in chosen[t]]
+                                  + [silu(shared_gate[0] @ x[t]) * (shared_up[0] @ x[t])]) for t in range(n)])
+    close(got, expected, 2e-2)
+    residual = round_to(rng.normal(0, 1, (n, d)), DType.BF16)
+    out = Guarded(backend, n, d, DType.BF16, residual)
+    ops.experts_down_add(out.tensor, act.tensor, ids, put(backend, shares), down, shared_down, n)
+    expected = residual + np.stack([sum(shares[t, j] * (downs[c] @ got[t, j]) for j, c in enumerate(chosen[t]))
+                                    + shares[t, k] * (shared_out[0] @ got[t, k]) for t in range(n)])
+    close(out.read(), expected, 1e-2)
+
+
+@pytest.mark.parametrize("n", [1, 16, 40])
+def test_route_with_bf16_storage(backend, n, rng):
+    d, e, k = 256, 512, 10
+    x, norm = round_to(rng.normal(0, 2, (n, d)), DType.BF16), rng.normal(1, 0.2, d).astype("f4")
+    (router, values, _), (gate, gate_values, _) = (random_weight(rng, DType.BF16, rows, d) for rows in (e, 1))
+    w = backend.pack([(router, DType.BF16, e, d, None), (gate, DType.BF16, 1, d, None)], DType.BF16)
+    normed, logits = Guarded(backend, n, d, DType.BF16), put(backend, np.zeros((n, e + 1)))
+    experts, shares = put(backend, np.zeros((n, k)), DType.I32), put(backend, np.zeros((n, k + 1)))
+    ops.rms_norm_route(normed.tensor, logits, experts, shares, store(backend, x, DType.BF16), put(backend, norm), w, n, True, EPS)
+    y = x / np.sqrt((x * x).mean(1, keepdims=True) + EPS) * norm
+    close(normed.read(), y, 1e-2)
+    l, chosen, shares = get(backend, logits), get(backend, experts), get(backend, shares)
+    close(l[:, :e], y @ values.T, 2e-2)
+    for t in range(n):       # the choice is exact for the logits that the op itself computed
+        assert chosen[t].tolist() == np.argsort(-l[t, :e], kind="stable")[:k].tolist()
+        p = np.exp(l[t, chosen[t]] - l[t, chosen[t]].max())
+        close(shares[t, :k], p / p.sum(), 1e-4)
+    close(shares[:, k], 1 / (1 + np.exp(-l[:, e])), 1e-4)
+    close(l[:, e:], y @ gate_values.T, 2e-2)
 
 
 def test_experts_with_8_bit_activations(backend, rng):

@@ -1,0 +1,69 @@
+/* Products of 16 x 8 x 16 tiles of bf16 on tensor cores, and how their operands come from shared memory. */
+#pragma once
+#include "device.cuh"
+
+typedef __nv_bfloat16 bf16;
+
+__device__ inline float4 load4(const bf16 *x) {
+    uint2 raw = *(const uint2 *)x;
+    float2 low = __bfloat1622float2(*(__nv_bfloat162 *)&raw.x), high = __bfloat1622float2(*(__nv_bfloat162 *)&raw.y);
+    return make_float4(low.x, low.y, high.x, high.y);
+}
+__device__ inline void store4(bf16 *x, float4 v) {
+    __nv_bfloat162 pair[2] = {__floats2bfloat162_rn(v.x, v.y), __floats2bfloat162_rn(v.z, v.w)};
+    *(uint2 *)x = *(uint2 *)pair;
+}
+
+/* f(T()) with T the storage of activations */
+template <typename Function> static int with_storage(int32_t dtype, Function f) {
+    REQUIRE(dtype == TOPS_F32 || dtype == TOPS_BF16, "dtype: must be f32 or bf16, not %d", dtype);
+    return dtype == TOPS_F32 ? f(float()) : f(bf16());
+}
+
+/* launch() of a kernel that wants more shared memory than every kernel may have */
+template <typename... P, typename... A>
+static int launch_wide(tops_stream *stream, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, A... arguments) {
+    CUDA(cudaSetDevice(stream->device));
+    if (shared > 48 << 10) CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
+    return launch(stream, kernel, grid, block, shared, 1, arguments...);
+}
+
+/* sum [16, 8] += left [16, 16] right [16, 8]; element e of sum is row lane / 4 + e / 2 * 8, column lane % 4 * 2 + e % 2 */
+__device__ inline void mma(float (&sum)[4], const uint32_t (&left)[4], const uint32_t *right) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+                 : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right[0]), "r"(right[1]));
+}
+
+__device__ inline void load_matrices(uint32_t (&to)[4], const __nv_bfloat16 *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"((uint32_t)__cvta_generic_to_shared(row)) : "memory");
+}
+__device__ inline void load_matrices_transposed(uint32_t (&to)[4], const __nv_bfloat16 *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"((uint32_t)__cvta_generic_to_shared(row)) : "memory");
+}
+
+/* left = x [16, 16]; left = x^T of x [16, 16]; right, two tiles of 8 columns: x [16, 16], or x^T of x [16, 16]. Rows are `wide` apart. */
+__device__ inline void load_a(uint32_t (&left)[4], const __nv_bfloat16 *x, int wide, int lane) {
+    load_matrices(left, x + lane % 16 * wide + lane / 16 * 8);
+}
+__device__ inline void load_a_transposed(uint32_t (&left)[4], const __nv_bfloat16 *x, int wide, int lane) {
+    load_matrices_transposed(left, x + (lane / 16 * 8 + lane % 8) * wide + lane / 8 % 2 * 8);
+}
+__device__ inline void load_b(uint32_t (&right)[4], const __nv_bfloat16 *x, int wide, int lane) {
+    load_matrices_transposed(right, x + lane % 16 * wide + lane / 16 * 8);
+}
+__device__ inline void load_b_rows(uint32_t (&right)[4], const __nv_bfloat16 *x, int wide, int lane) {
+    load_matrices(right, x + (lane / 16 * 8 + lane % 8) * wide + lane / 8 % 2 * 8);
+}
+
+/* 16 bytes to shared memory, or zeros; copy_wait<p> waits until at most p committed groups are under way */
+__device__ inline void copy_async(void *to, const void *from, bool there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+__device__ inline void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int pending> __device__ inline void copy_wait() {
+    if (pending == 0) asm volatile("cp.async.wait_all;" ::: "memory");
+    else asm volatile("cp.async.wait_group %0;" :: "n"(pending) : "memory");
+}

@@ -1,0 +1,116 @@
+/* Products with experts, shared by the files that have their kernels. */
+#pragma once
+#include "../cuda/tile.cuh"
+
+enum { FEW = 16 };      /* tokens that take the kernels for few */
+
+struct expert_arguments {
+    tops_weight w[2], shared[2];       /* gate and up, or down; w is a stack of e */
+    const int32_t *experts;            /* [n, k] */
+    const float *shares;               /* [n, k + 1] */
+    const void *x;
+    void *out;
+    int n, e, k, rows, cols;           /* of one matrix */
+
+    /* Matrix `part` of choice j of token t: the last choice is the shared expert. An expert beyond the stack gives the first. */
+    __device__ matrix chosen(int t, int j, int part) const {
+        if (j == k) return expert_matrix(shared[part], 0, 1);
+        int expert = experts[t * k + j];
+        return expert_matrix(w[part], expert >= 0 && expert < e ? expert : 0, e);
+    }
+};
+
+int experts_gate_up_few(tops_stream *stream, const expert_arguments &a);
+int experts_down_few(tops_stream *stream, const expert_arguments &a);
+int experts_gate_up_many(tops_stream *stream, const expert_arguments &a);
+int experts_down_many(tops_stream *stream, const expert_arguments &a);
+
+/* ---- a few tokens: what a block does. All its weights are on their way before its inputs are. ---- */
+enum { WARPS = 8, PAD = 16 };      /* rows of x in shared memory are PAD values longer: four neighbours are in different banks */
+
+template <tile_kind KIND> constexpr int AHEAD = tile_bytes(KIND) > 1024 ? 1 : 2048 / tile_bytes(KIND);      /* tiles on their way */
+
+/* x [n, cols] as bf16 rows of `pitch` in shared memory, normed where norm is not null, zeros up to the end of the last tile */
+static __device__ inline void stage_rows(bf16 *to, int pitch, const bf16 *x, int64_t x_pitch, const float *norm, float eps, int n, int cols, float *sums) {
+    int me = threadIdx.x, warp = me / 32, padded = pitch - PAD;
+    for (int t = 0; t < n; t++) {
+        float sum = 0;
+        for (int c = me * 8; c < padded; c += WARPS * 32 * 8) {
+            uint4 v = c < cols ? *(const uint4 *)(x + t * x_pitch + c) : make_uint4(0, 0, 0, 0);
+            *(uint4 *)(to + t * pitch + c) = v;
+            if (norm)
+                for (int i = 0; i < 4; i++) {
+                    float2 pair = __bfloat1622float2(((__nv_bfloat162 *)&v)[i]);
+                    sum += pair.x * pair.x + pair.y * pair.y;
+                }
+        }
+        if (!norm) continue;
+        sum = warp_sum(sum);
+        if (me % 32 == 0) sums[t * WARPS + warp] = sum;
+    }
+    if (norm) {
+        __syncthreads();
+        for (int t = 0; t < n; t++) {
+            float total = 0;
+            for (int w = 0; w < WARPS; w++) total += sums[t * WARPS + w];
+            float factor = rsqrtf(total / cols + eps);
+            for (int c = me * 8; c < cols; c += WARPS * 32 * 8) {      /* the thread's own values */
+                bf16 *at = to + t * pitch + c;
+                for (int i = 0; i < 8; i++) at[i] = __float2bfloat16_rn(__bfloat162float(at[i]) * factor * norm[c + i]);
+            }
+        }
+    }
+    __syncthreads();
+}
+
+/* sum += rows of a tile of m times x, over column tiles kw, kw + step, ..; ready() is called once the first tiles are on their way.
+ * x rows as stage_rows left them; tokens from n on are zeros. */
+template <tile_kind KIND, int NT, int AHEAD, typename Ready>
+static __device__ inline void take_tiles(float (&sum)[NT][4], const matrix &m, int row_tile, int kw, int step, const bf16 *x, int pitch, int n, int lane,
+                                         Ready ready) {
+    tile<KIND> tiles[AHEAD];
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++)
+        if (kw + i * step < m.col_tiles) tiles[i].load(m, row_tile, kw + i * step, lane);
+    ready();
+    for (int base = kw; base < m.col_tiles; base += AHEAD * step) {
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            int c = base + i * step;
+            if (c >= m.col_tiles) break;
+            tiles[i].template multiply<NT>(sum, [&](int t, int s) {
+                int token = lane / 4 + t * 8;
+                return token < n ? *(const uint2 *)(x + token * pitch + c * TILE_COLS + s * 16 + lane % 4 * 4) : make_uint2(0, 0);
+            });
+            if (c + AHEAD * step < m.col_tiles) tiles[i].load(m, row_tile, c + AHEAD * step, lane);
+        }
+    }
+}
+
+/* A warp's sums to shared memory: red [NT * 8 tokens][16 rows] */
+template <int NT> static __device__ inline void leave_sums(float *red, const float (&sum)[NT][4], int lane) {
+#pragma unroll
+    for (int t = 0; t < NT; t++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) red[(t * 8 + lane % 4 * 2 + e % 2) * TILE_ROWS + lane / 4 + e / 2 * 8] = sum[t][e];
+}
+
+/* ---- many tokens ---- */
+struct many_arguments {
+    matrix m[2];                        /* of expert 0; gate and up where there are two */
+    int64_t stride[2], scale_stride[2]; /* bytes from one expert to the next */
+    const bf16 *x;
+    int pitch;                          /* of x's rows, a multiple of 64, zeros behind the columns */
+    /* Which rows. Without a list: token t takes row t x_step + x_first of x and gives row t out_step + out_first of out.
+     * With one: entry y of the list is (expert, place in order) and stands for up to 64 places; pair i = order[place] is choice i % k of
+     * token i / k; it takes row token (by_token) or its own of x and gives its own of out, its own being token (k + 1) + choice. */
+    int n, x_step, x_first, out_step, out_first;
+    const int2 *list;
+    const int32_t *list_length, *order, *starts;
+    int k, by_token;
+    bf16 *out;
+    int out_cols;
+};
+
+/* blocks: of 64 tokens, or entries of the list at most */
+int many_rows(tops_stream *stream, const many_arguments &a, int matrices, int64_t blocks);
