@@ -48,6 +48,7 @@ class Backend:
         self._owned: dict[int, int] = {}    # address -> bytes
         self._pinned: dict[int, int] = {}
         self._arena, self._arena_used = 0, 0
+        self._staging: Tensor | None = None   # what files hold, on its way to being packed
         self.build = self.ffi.string(self.lib.tops_build()).decode()
         name = self.ffi.new("char[256]")
         self.check(self.lib.tops_device_name(index, name, 256))
@@ -216,10 +217,12 @@ class Backend:
         if self.kind == "cpu":
             self.check(pack(self.stream, out, self.ffi.from_buffer(data), dtype, rows, cols))
             return
-        staging = self.tensor((len(data),), DType.U8)
-        self.copy_in(staging, data)
-        self.check(pack(self.stream, out, staging.pointer, dtype, rows, cols))
-        self.free(staging)
+        if self._staging is None or self._staging.nbytes < len(data):
+            if self._staging is not None:
+                self.free(self._staging)
+            self._staging = self.tensor((len(data),), DType.U8)
+        self.copy_in(self._staging, data)
+        self.check(pack(self.stream, out, self._staging.pointer, dtype, rows, cols))
 
     def _arena_take(self, nbytes: int):
         nbytes = -(-nbytes // 256) * 256

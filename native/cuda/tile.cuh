@@ -2,7 +2,7 @@
 #pragma once
 
 #include "tile_format.cuh"
-#include "tensor_core.cuh"
+#include "storage.cuh"
 
 static __device__ inline uint4 load_once(const void *from) {   /* read once per step: not worth a place in the first cache */
     uint4 v;

@@ -14,7 +14,7 @@
 #pragma once
 #include <cuda_fp8.h>
 
-#include "tensor_core.cuh"
+#include "storage.cuh"
 
 enum tile_kind { ROWS_F32, ROWS_F16, TILES_BF16, TILES_FP8, TILES_4, TILES_4_MIN, TILES_8, TILES_8_MIN, NO_KIND };
 

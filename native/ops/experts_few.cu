@@ -1,6 +1,8 @@
 /* Experts of a few tokens: their numbers are read on the device, and nothing of an expert that nobody chose is read. */
 #include "experts.cuh"
 
+enum { CHOICES = 32 };
+
 /* A block takes 16 rows of gate and up of one choice of one token; half of its warps take gate, half up. */
 static __global__ void __launch_bounds__(WARPS * 32, 3) gate_up_few(expert_arguments a) {
     extern __shared__ __align__(16) char shared[];
@@ -14,7 +16,7 @@ static __global__ void __launch_bounds__(WARPS * 32, 3) gate_up_few(expert_argum
     matrix m = a.chosen(t, j, part);
     with_kind(m.kind, [&](auto kind) {
         constexpr tile_kind KIND = decltype(kind)::value;
-        take_tiles<KIND, 1, AHEAD<KIND>>(sum, m, blockIdx.x, warp % (WARPS / 2), WARPS / 2, x, pitch, 1, lane, [&] {
+        take_tiles<KIND, 1, KIND == TILES_4 ? 8 : AHEAD<KIND>>(sum, m, blockIdx.x, warp % (WARPS / 2), WARPS / 2, x, pitch, 1, lane, [&] {
             if (j == a.k) wait_for_inputs(), launch_dependents();
             stage_rows(x, pitch, (const bf16 *)a.x + (int64_t)t * a.cols, a.cols, nullptr, 0, 1, a.cols, nullptr);
         });
@@ -34,25 +36,31 @@ int experts_gate_up_few(tops_stream *stream, const expert_arguments &a) {
     return launch_wide(stream, gate_up_few, dim3(ceil_div(a.rows, TILE_ROWS), a.n * (a.k + 1)), WARPS * 32, bytes, a);
 }
 
-/* A block takes 16 rows of the output of one token: its warps share the columns of all choices' matrices, as if they were one long
- * matrix. MANY tiles are on their way before the rows of x are there. */
-template <tile_kind KIND, int MANY>
-static __device__ void take_choices(float (&total)[1][4], const expert_arguments &a, int t, const bf16 *x, int warp, int lane, bool is_shared) {
-    int col_tiles = a.cols / TILE_COLS, first = is_shared ? a.k * col_tiles : 0, end = is_shared ? (a.k + 1) * col_tiles : a.k * col_tiles;
+/* A block takes 16 rows of the output of one token. Its warps share the columns of all choices' matrices, as if they were one long
+ * matrix: MANY tiles of each are on their way before the rows of x are there. */
+template <tile_kind KIND, int MANY, typename Ready>
+static __device__ void take_choices(float (&total)[1][4], const tops_weight &w, int stack, const int *chosen, int choices, const bf16 *x,
+                                    const float *shares, int warp, int lane, Ready ready) {
+    matrix m = expert_matrix(w, 0, stack);
+    int64_t pitch = packed_bytes(KIND, m.rows, m.cols), scale_pitch = KIND == TILES_FP8 ? (int64_t)((m.rows + 127) / 128) * ((m.cols + 127) / 128) * 4 : pitch;
+    int end = choices * m.col_tiles;
     tile<KIND> tiles[MANY];
-    for (int base = first + warp; base < end; base += MANY * WARPS) {
+    for (int base = warp; base < end || base == warp; base += MANY * WARPS) {
 #pragma unroll
         for (int i = 0; i < MANY; i++) {
             int at = base + i * WARPS;
-            if (at < end) tiles[i].load(a.chosen(t, at / col_tiles, 0), blockIdx.x, at % col_tiles, lane);
+            if (at >= end) continue;
+            matrix own = m;
+            own.tiles += chosen[at / m.col_tiles] * pitch, own.scales += chosen[at / m.col_tiles] * scale_pitch;
+            tiles[i].load(own, blockIdx.x, at % m.col_tiles, lane);
         }
-        if (base == first + warp && !is_shared) wait_for_inputs();
+        if (base == warp) ready();
 #pragma unroll
         for (int i = 0; i < MANY; i++) {
             int at = base + i * WARPS;
-            if (at >= end) break;
-            float part[1][4] = {}, share = a.shares[t * (a.k + 1) + at / col_tiles];
-            const bf16 *row = x + (int64_t)at * TILE_COLS + lane % 4 * 4;     /* choices follow each other in x, as tiles do here */
+            if (at >= end) continue;
+            float part[1][4] = {}, share = shares[at / m.col_tiles];
+            const bf16 *row = x + at * TILE_COLS + lane % 4 * 4;     /* choices follow each other in x, as tiles do here */
             tiles[i].template multiply<1>(part, [&](int, int s) { return lane < 4 ? *(const uint2 *)(row + s * 16) : make_uint2(0, 0); });
             for (int e = 0; e < 4; e++) total[0][e] += share * part[0][e];
         }
@@ -60,27 +68,42 @@ static __device__ void take_choices(float (&total)[1][4], const expert_arguments
 }
 
 static __global__ void __launch_bounds__(WARPS * 32) down_few(expert_arguments a) {
-    __shared__ float red[WARPS][8 * TILE_ROWS];
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, t = blockIdx.y;
-    const bf16 *x = (const bf16 *)a.x + (int64_t)t * (a.k + 1) * a.cols;
+    extern __shared__ __align__(16) char bytes[];
+    __shared__ float red[WARPS][8 * TILE_ROWS], shares[CHOICES + 1];
+    __shared__ int chosen[CHOICES + 1];
+    int me = threadIdx.x, warp = me / 32, lane = me % 32, t = blockIdx.y, values = (a.k + 1) * a.cols;
+    bf16 *x = (bf16 *)bytes;
     float total[1][4] = {};
     launch_dependents();
+    if (me < a.k) {     /* what the router chose is older than the op before this one, which waited for it */
+        int expert = a.experts[t * a.k + me];
+        chosen[me] = expert >= 0 && expert < a.e ? expert : 0;
+    }
+    if (me == a.k) chosen[me] = 0;
+    if (me <= a.k) shares[me] = a.shares[t * (a.k + 1) + me];
+    __syncthreads();
     with_kind(kind_of(a.w[0].dtype), [&](auto kind) {
         constexpr tile_kind KIND = decltype(kind)::value;
-        take_choices<KIND, tile_bytes(KIND) == 512 ? 10 : tile_bytes(KIND) == 1024 ? 4 : 2>(total, a, t, x, warp, lane, false);
+        take_choices<KIND, 5 * AHEAD<KIND> / 2>(total, a.w[0], a.e, chosen, a.k, x, shares, warp, lane, [&] {
+            wait_for_inputs();
+            for (int c = me * 8; c < values; c += WARPS * 32 * 8) *(uint4 *)(x + c) = *(const uint4 *)((const bf16 *)a.x + (int64_t)t * values + c);
+            __syncthreads();
+        });
     });
-    wait_for_inputs();     /* a warp that had no tile has not waited yet */
-    with_kind(kind_of(a.shared[0].dtype), [&](auto kind) { take_choices<decltype(kind)::value, 1>(total, a, t, x, warp, lane, true); });
+    with_kind(kind_of(a.shared[0].dtype), [&](auto kind) {
+        take_choices<decltype(kind)::value, 1>(total, a.shared[0], 1, chosen + a.k, 1, x + a.k * a.cols, shares + a.k, warp, lane, [] {});
+    });
     leave_sums<1>(red[warp], total, lane);
     __syncthreads();
-    int row = threadIdx.x;
-    if (row >= TILE_ROWS || blockIdx.x * TILE_ROWS + row >= a.rows) return;
+    if (me >= TILE_ROWS || blockIdx.x * TILE_ROWS + me >= a.rows) return;
     float sum = 0;
-    for (int w = 0; w < WARPS; w++) sum += red[w][row];
-    bf16 *out = (bf16 *)a.out + (int64_t)t * a.rows + blockIdx.x * TILE_ROWS + row;
+    for (int w = 0; w < WARPS; w++) sum += red[w][me];
+    bf16 *out = (bf16 *)a.out + (int64_t)t * a.rows + blockIdx.x * TILE_ROWS + me;
     *out = from_float<bf16>(to_float(*out) + sum);
 }
 
 int experts_down_few(tops_stream *stream, const expert_arguments &a) {
-    return launch(stream, down_few, dim3(ceil_div(a.rows, TILE_ROWS), a.n), WARPS * 32, 0, 1, a);
+    size_t bytes = (size_t)(a.k + 1) * a.cols * sizeof(bf16);
+    REQUIRE_SUPPORTED(a.k <= CHOICES && bytes <= 200 << 10, "k: at most %d choices of 100000 columns together, not %d of %d", CHOICES, a.k, a.cols);
+    return launch_wide(stream, down_few, dim3(ceil_div(a.rows, TILE_ROWS), a.n), WARPS * 32, bytes, a);
 }

@@ -109,10 +109,12 @@ static __global__ void __launch_bounds__(WARPS * 32) delta_decode(delta_argument
         *(float4 *)w[h] = *(const float4 *)(a.conv + channel(i) * TAPS);
         for (int m = 1; m < TAPS; m++) raw[m][i] = from < 0 ? 0.0f : s.inputs[from * s.pitch + (m - 1) * a.channels + channel(i)];
     }
-    float decay = a.decay[head], dt_bias = a.dt_bias[head];
+    float decay = a.decay[head], dt_bias = a.dt_bias[head], norm = a.norm[column + lane];
     cluster.sync();   /* every block has read the slot that one of them may write */
     launch_dependents();
     wait_for_inputs();
+    /* The gate is wanted last: its first row is on its way meanwhile. */
+    float z_first = row < end ? to_float(a.x[row * a.width + a.channels + head * HEAD + column + lane]) : 0;
     for (; row < end; row++) {
         const T *x = a.x + row * a.width;
 #pragma unroll
@@ -173,12 +175,12 @@ static __global__ void __launch_bounds__(WARPS * 32) delta_decode(delta_argument
     }
     cluster.sync();
     for (int i = me; i < (end - first) * COLUMNS; i += WARPS * 32) {
-        int t = i / COLUMNS, c = i % COLUMNS;
+        int t = i / COLUMNS, c = lane;
         float sum = 0;
         for (int split = 0; split < SPLIT; split++) sum += *cluster.map_shared_rank(&squares[t], rank / SPLIT * SPLIT + split);
-        float z = to_float(a.x[(first + t) * a.width + a.channels + head * HEAD + column + c]);
+        float z = t == 0 ? z_first : to_float(a.x[(first + t) * a.width + a.channels + head * HEAD + column + c]);
         a.out[((int64_t)(first + t) * s.hv + head) * HEAD + column + c] =
-            from_float<T>(o[t][c] * rsqrtf(sum / HEAD + a.eps) * a.norm[column + c] * silu(z));
+            from_float<T>(o[t][c] * rsqrtf(sum / HEAD + a.eps) * norm * silu(z));
     }
     cluster.sync();   /* until the others have read our squares */
 #endif

@@ -1,7 +1,7 @@
 /* What the two files of the gated delta rule share. */
 #pragma once
 #include "../cuda/device.cuh"
-#include "../cuda/tensor_core.cuh"
+#include "../cuda/storage.cuh"
 
 enum { TAPS = 4, DECODE_ROWS = 16 };    /* of the kernels for one shape: taps of the convolution; rows of a step that take them one by one */
 

@@ -1,5 +1,5 @@
 /* Rows by the value that sends them somewhere: a stable counting sort in one block, and its way back. */
-#include "../cuda/tensor_core.cuh"
+#include "../cuda/storage.cuh"
 
 enum { THREADS = 1024 };
 

@@ -1,59 +1,52 @@
-/* The router of a mixture of experts: norm, logits, the k largest of them and their shares. A warp chooses, from its registers. */
-#include "../cuda/tensor_core.cuh"
+/* The router of a mixture of experts: norm, logits, the k largest of them and their shares.
+ *
+ * A warp sorts 32 logits; the first k of every warp are the candidates, and a candidate's place is the number of candidates before it. */
+#include "../cuda/storage.cuh"
 
-enum { EACH = 32 };      /* logits in a lane: up to 1024 experts */
+enum { MOST = 1024, CHOICES = 32 };      /* experts, one for each thread; chosen ones, one for each lane */
+
+/* Larger first, among equals the lower number; a NaN comes last (as -infinity). */
+static __device__ bool comes_first(float a, int i, float b, int j) { return a > b || (a == b && i < j); }
 
 template <typename T>
 static __global__ void choose(T *normed, int32_t *experts, float *shares, const T *x, const float *norm, const float *logits, int d, int e, int k,
                               int gated, int renormalize, float eps) {
+    __shared__ float values[MOST], chosen[CHOICES];
+    __shared__ int numbers[MOST];
     launch_dependents();
     int64_t t = blockIdx.x;
-    int lane = threadIdx.x % 32;
+    int me = threadIdx.x, lane = me % 32, warp = me / 32, candidates = blockDim.x / 32 * k;
     wait_for_inputs();
     const float *l = logits + t * (e + gated);
     x += t * d, normed += t * d, experts += t * k, shares += t * (k + 1);
-    float sum = 0;
-    for (int c = threadIdx.x; c < d; c += blockDim.x) sum += to_float(x[c]) * to_float(x[c]);
+    float value = me < e ? l[me] : -INFINITY, gate = gated ? l[e] : 0, sum = 0;
+    int number = me;
+    if (value != value) value = -INFINITY;
+    for (int c = me; c < d; c += blockDim.x) sum += to_float(x[c]) * to_float(x[c]);
     float factor = rsqrtf(block_sum(sum) / d + eps);
-    for (int c = threadIdx.x; c < d; c += blockDim.x) normed[c] = from_float<T>(to_float(x[c]) * factor * norm[c]);
-    if (threadIdx.x >= 32) return;
-    float value[EACH];
-#pragma unroll
-    for (int i = 0; i < EACH; i++) {
-        float at = lane + 32 * i < e ? l[lane + 32 * i] : -INFINITY;
-        value[i] = at != at ? -INFINITY : at;     /* a NaN comes last */
-    }
-    uint32_t taken = 0;
-    float highest = 0, chosen = 0, all = 0, mine = 0;
-    for (int j = 0; j < k; j++) {
-        float best = -INFINITY;
-        int index = 0x7fffffff;
-#pragma unroll
-        for (int i = 0; i < EACH; i++)
-            if (!(taken >> i & 1) && lane + 32 * i < e && (value[i] > best || index == 0x7fffffff)) best = value[i], index = lane + 32 * i;
-        for (int step = 16; step; step /= 2) {
-            float other = __shfl_xor_sync(~0u, best, step);
-            int at = __shfl_xor_sync(~0u, index, step);
-            if (other > best || (other == best && at < index)) best = other, index = at;
+    for (int c = me; c < d; c += blockDim.x) normed[c] = from_float<T>(to_float(x[c]) * factor * norm[c]);
+    float all = 0, own = value;
+    for (int size = 2; size <= 32; size *= 2)      /* bitonic */
+        for (int step = size / 2; step; step /= 2) {
+            float other = __shfl_xor_sync(~0u, value, step);
+            int at = __shfl_xor_sync(~0u, number, step);
+            bool first = comes_first(value, number, other, at), wanted = ((lane & size) == 0) == ((lane & step) == 0);
+            if (first != wanted) value = other, number = at;
         }
-        if (index % 32 == lane) taken |= 1u << index / 32;
-        if (j == 0) highest = best;
-        float share = __expf(best - highest);
-        chosen += share;
-        if (lane == 0) experts[j] = index;
-        if (lane == j % 32) mine = share;
-        if (j % 32 == 31 || j == k - 1) {
-            if (lane <= j % 32) shares[j / 32 * 32 + lane] = mine;
-        }
+    if (lane < k) values[warp * k + lane] = value, numbers[warp * k + lane] = number;
+    __syncthreads();
+    if (me < candidates) {
+        value = values[me], number = numbers[me];
+        int place = 0;
+        for (int i = 0; i < candidates; i++) place += comes_first(values[i], numbers[i], value, number);
+        if (place < k) experts[place] = number, chosen[place] = value;
     }
-    if (!renormalize) {
-#pragma unroll
-        for (int i = 0; i < EACH; i++) all += lane + 32 * i < e ? __expf(value[i] - highest) : 0;
-        all = warp_sum(all);
-    }
-    __syncwarp();
-    for (int j = lane; j < k; j += 32) shares[j] /= renormalize ? chosen : all;
-    if (lane == 0) shares[k] = gated ? sigmoid(l[e]) : 1.0f;
+    __syncthreads();
+    if (!renormalize) all = block_sum(me < e ? __expf(own - chosen[0]) : 0);
+    if (warp) return;
+    float share = lane < k ? __expf(chosen[lane] - chosen[0]) : 0, total = warp_sum(share);
+    if (lane < k) shares[lane] = share / (renormalize ? total : all);
+    if (lane == 0) shares[k] = gated ? sigmoid(gate) : 1.0f;
 }
 
 int tops_rms_norm_route(tops_stream *stream, void *normed, float *logits, int32_t *experts, float *shares, const void *x,
@@ -62,11 +55,13 @@ int tops_rms_norm_route(tops_stream *stream, void *normed, float *logits, int32_
     REQUIRE(parts == 1 || parts == 2, "parts: must be 1 or 2, not %d", parts);
     REQUIRE(k >= 0 && k <= w->rows, "k: must be in 0..%lld, not %lld", (long long)w->rows, (long long)k);
     REQUIRE(parts == 1 || w[1].rows == 1, "w[1]: must have one row, not %lld", (long long)w[1].rows);
-    REQUIRE_SUPPORTED(w->rows <= 32 * EACH, "w: at most %d experts, not %lld", 32 * EACH, (long long)w->rows);
+    REQUIRE_SUPPORTED(w->rows <= MOST && k <= CHOICES, "w, k: at most %d experts and %d choices, not %lld, %lld", MOST, CHOICES, (long long)w->rows,
+                      (long long)k);
+    if (n == 0) return TOPS_OK;
     int status = tops_rms_norm_linear_f32(stream, logits, x, norm, w, parts, n, eps, dtype);
     if (status) return status;
     return with_storage(dtype, [&](auto t) {
         typedef decltype(t) T;
-        return launch(stream, choose<T>, dim3(n), 256, 0, 1, (T *)normed, experts, shares, (const T *)x, norm, logits, (int)w->cols, (int)w->rows, (int)k, (int)(parts == 2), renormalize, eps);
+        return launch(stream, choose<T>, dim3(n), (int)ceil_div(w->rows, 32) * 32, 0, 1, (T *)normed, experts, shares, (const T *)x, norm, logits, (int)w->cols, (int)w->rows, (int)k, (int)(parts == 2), renormalize, eps);
     });
 }
