@@ -169,8 +169,7 @@ class Engine:
         if len(ids) + params.max_tokens > self.info.context:
             raise EngineError(f"the prompt has {len(ids)} tokens and may be answered with {params.max_tokens}, the context holds "
                               f"{self.info.context}: shorten the prompt or open the model with a larger context")
-        if max(ids) >= self._runner.width or min(ids) < 0:
-            raise EngineError(f"token ids must be in 0..{self._runner.width - 1}")
+        self._require_ids(ids)
         stop = self._renderer.fim_stop_ids if self.info.fim else self._renderer.stop_ids
         self._arrive(Sequence(ids, params, priority, stream, stop, self._tokenizer, required), stream)
         return stream
@@ -189,7 +188,12 @@ class Engine:
             raise ValueError(f"chunk must be in 1..{SCORED_ROWS}, not {chunk}")
         if not 0 < len(ids) <= self.info.context:
             raise EngineError(f"score takes 1..{self.info.context} tokens, not {len(ids)}")
+        self._require_ids(ids)
         return self._call(lambda: self._score(ids, chunk))
+
+    def _require_ids(self, ids: list[int]) -> None:
+        if max(ids) >= self._runner.width or min(ids) < 0:
+            raise EngineError(f"token ids must be in 0..{self._runner.width - 1}")
 
     def count_tokens(self, text: str) -> int:
         return len(self.tokenize(text))

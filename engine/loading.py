@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +61,13 @@ class Plan:
 def open_checkpoint(located: Located) -> Checkpoint:
     path, where = located.path, str(located.path)
     if located.format == "gguf":
-        fields, tensors = gguf.open_gguf(path)
-        architecture = fields.get("general.architecture")
-        tokenizer = Tokenizer.from_gguf(fields, where) if "tokenizer.ggml.tokens" in fields else None
-        template, tokens = fields.get("tokenizer.chat_template"), chat_tokens_of_gguf(fields)
+        metadata, tensors = gguf.open_gguf(path)
+        architecture = metadata.get("general.architecture")
+        tokenizer = Tokenizer.from_gguf(metadata, where) if "tokenizer.ggml.tokens" in metadata else None
+        template, tokens = metadata.get("tokenizer.chat_template"), chat_tokens_of_gguf(metadata)
     else:
-        fields, tensors = safetensors.read_json(path / "config.json"), safetensors.open_folder(path)
-        names = fields.get("architectures")
+        metadata, tensors = safetensors.read_json(path / "config.json"), safetensors.open_folder(path)
+        names = metadata.get("architectures")
         architecture = names[0] if isinstance(names, list) and names else None
         tokenizer = Tokenizer.from_file(path / "tokenizer.json") if (path / "tokenizer.json").exists() else None
         template, tokens = chat_template_of(path)
@@ -74,15 +75,28 @@ def open_checkpoint(located: Located) -> Checkpoint:
         raise BadCheckpoint(f"{where} does not say which architecture it has")
     plugin = plugin_for(architecture, where, located.name)
     try:
-        config = plugin.parse_config(fields, located.format)
+        config = plugin.parse_config(metadata, located.format)
     except ValueError as error:
         raise BadCheckpoint(f"{where}: {error}") from None
     except (ArithmeticError, AttributeError, LookupError, TypeError) as error:   # a field of a type or size that nobody expects
         raise BadCheckpoint(f"{where}: its config cannot be understood: {error}") from None
+    _require_numbers(config, where)
+    if tokenizer and tokenizer.vocabulary > config.vocab_size:
+        raise BadCheckpoint(f"{where}: its tokenizer has {tokenizer.vocabulary} ids, the model {config.vocab_size}: they do not belong together")
     template = template or plugin.prompts.chat_template
     compiled = ChatTemplate(template, where, tokens) if isinstance(template, str) else None
     return Checkpoint(path, plugin, config, tensors, located.format, tokenizer, PromptRenderer(plugin.prompts, tokenizer, compiled, where),
                       config.max_position_embeddings)
+
+
+def _require_numbers(config: Any, where: str) -> None:
+    """Fields of a config are what they are declared to be: sizes are positive integers, other numbers positive and finite."""
+    for field in fields(config):
+        value, number = getattr(config, field.name), type(getattr(config, field.name)) in (int, float)
+        if field.type == "int" and not (type(value) is int and 0 < value < 1 << 31):
+            raise BadCheckpoint(f"{where}: {field.name} must be a positive integer, not {value!r}")
+        if field.type == "float" and not (number and 0 < value < inf):
+            raise BadCheckpoint(f"{where}: {field.name} must be a positive number, not {value!r}")
 
 
 def open_backend(device: str, threads: int) -> Backend:

@@ -98,6 +98,9 @@ def test_errors_name_the_thing(engine, tmp_path):
         engine.submit(TokenPrompt(tuple([5] * 395)), SamplingParams(max_tokens=6))
     with pytest.raises(EngineError, match="token ids must be in 0..511"):
         engine.submit(TokenPrompt((512,)))
+    for ids in ([512], [-1], [5, 10**12]):
+        with pytest.raises(EngineError, match="token ids must be in 0..511"):
+            engine.score(ids)
     with pytest.raises(ValueError, match="top_p must be"):
         SamplingParams(top_p=0)
     with pytest.raises(ModelNotFound, match="no model 'nonsense'"):
