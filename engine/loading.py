@@ -23,6 +23,7 @@ from inference_pio.native import backend as native
 from inference_pio.native.backend import Backend
 from inference_pio.native.dtype import DType
 
+CONTEXT = 8192               # tokens, if nobody says otherwise
 _MARGIN = 256 << 20          # left to others when the budget is what is free
 _CONTEXTS = 4                # full contexts that the cache holds, if memory allows
 _RUNNING = 4                 # slots for the states of requests that run side by side
@@ -126,7 +127,7 @@ def plan(checkpoint: Checkpoint, backend: Backend, activations: str, memory: int
     storage = DType.BF16 if rounding == DType.BF16 or backend.kind != "cpu" and rounding == DType.Q8_0 else DType.F32
     cache_dtype = {DType.F32: DType.F32, DType.BF16: DType.BF16, DType.Q8_0: DType.BF16 if storage == DType.BF16 else DType.F16}[rounding]
     page_bytes = Runner.page_bytes(checkpoint.plugin, checkpoint.config, cache_dtype)
-    context = min(context or min(checkpoint.context, 8192), checkpoint.context)
+    context = min(context or min(checkpoint.context, CONTEXT), checkpoint.context)
     weights = sum(t.nbytes for t in checkpoint.tensors.values())
     budget = memory if memory is not None else backend.memory_info()[0] - _MARGIN
     least = -(-context // PAGE_SIZE) + 2

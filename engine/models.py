@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from inference_pio.engine.hub import on_disk
+from inference_pio.engine.errors import EngineError
+from inference_pio.engine.gguf import open_gguf
+from inference_pio.engine.hub import Located, on_disk
+from inference_pio.engine.loading import CONTEXT
 from inference_pio.engine.registry import plugins
-from inference_pio.models.contract import WheelFile
+from inference_pio.engine.safetensors import read_json
+from inference_pio.models.contract import ModelPlugin, WheelFile
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,7 @@ class ModelListing:
     checkpoint: str          # where it is published
     on_disk: Path | None
     disk_bytes: int | None   # of what is on disk; for what is not, of the download where it is known
+    memory_bytes: int | None # weights and cache of one context on a CPU, at the least; known for what is on disk
 
 
 def list_models() -> list[ModelListing]:
@@ -27,8 +32,21 @@ def list_models() -> list[ModelListing]:
         source = plugin.checkpoint
         size = _bytes(path) if path else source.nbytes if isinstance(source, WheelFile) else None
         named = f"{source.project} {source.version} (Python package index)" if isinstance(source, WheelFile) else source or "your own files"
-        listings.append(ModelListing(plugin.name, plugin.description, named, path, size))
+        listings.append(ModelListing(plugin.name, plugin.description, named, path, size, _memory(plugin, path, size) if path and size else None))
     return listings
+
+
+def _memory(plugin: ModelPlugin, path: Path, weights: int) -> int | None:
+    """What loading will ask for; None if the files are damaged, which loading will say better."""
+    try:
+        located = Located(path)
+        metadata = open_gguf(path)[0] if located.format == "gguf" else read_json(path / "config.json")
+        config = plugin.parse_config(metadata, located.format)
+        layout = plugin.cache_layout(config)
+        tokens = min(config.max_position_embeddings, CONTEXT)
+        return weights + 2 * layout.layers * layout.g * layout.p * 2 * tokens + (layout.states.nbytes if layout.states else 0)
+    except (EngineError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        return None
 
 
 def _bytes(path: Path) -> int:

@@ -72,11 +72,12 @@ def _models() -> int:
     from inference_pio.engine import list_models
 
     table = Table(title="Models that --model takes by name (a Hugging Face id, a folder or a .gguf file works, too)")
-    for heading in ("name", "what it is", "on disk", "published as"):
+    for heading in ("name", "what it is", "on disk", "in memory", "published as"):
         table.add_column(heading, overflow="fold")
     for model in list_models():
         size = f"{model.disk_bytes / 1e6:,.0f} MB" if model.disk_bytes else "size not known"
-        table.add_row(model.name, model.description, f"yes, {size}" if model.on_disk else f"no ({size})", model.checkpoint)
+        memory = f"{model.memory_bytes / 1e6:,.0f} MB" if model.memory_bytes else "known once it is here"
+        table.add_row(model.name, model.description, f"yes, {size}" if model.on_disk else f"no ({size})", memory, model.checkpoint)
     Console().print(table)
     return 0
 

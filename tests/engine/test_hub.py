@@ -17,7 +17,7 @@ import pytest
 
 from checkpoint_files import plain, write_gguf, write_safetensors
 from checkpoints import GOLDEN
-from inference_pio.engine import hub, list_models
+from inference_pio.engine import Engine, hub, list_models
 from inference_pio.engine.errors import DownloadFailed, ModelNotFound
 from inference_pio.engine.registry import plugins
 from inference_pio.models.contract import WheelFile
@@ -157,6 +157,8 @@ def test_the_default_model_is_the_published_file():
     assert located.name == "smollm2-135m" and hub.on_disk("smollm2-135m") == located.path
     listing = next(model for model in list_models() if model.name == "smollm2-135m")
     assert (listing.on_disk, listing.disk_bytes) == (located.path, wanted.nbytes)
+    with Engine.open("smollm2-135m", device="cpu") as engine:
+        assert listing.memory_bytes == wanted.nbytes + engine.info.page_bytes * 8192 // engine.info.page_size
 
 
 # ---- Hugging Face ------------------------------------------------------------------------------------------------------------
