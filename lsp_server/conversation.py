@@ -23,6 +23,7 @@ _TASKS = {
 }
 _TEMPLATE_TOKENS = 64      # what a chat template writes around the messages, at the most
 _CODE_SHARE = 0.5          # of the prompt may be code shown beside the conversation
+_LOOP = 160                # characters that repeat four times or more are no answer
 _FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([\w+#.-]*)[^\n]*\n(.*?)(?:^[ \t]*\1[`~]*[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
 
 
@@ -102,3 +103,9 @@ def fenced(text: str, language: str) -> str:
 def code_blocks(text: str) -> list[tuple[str, str]]:
     """(language, code) of each fenced block; one that was not closed goes to the end."""
     return [(match[2], match[3]) for match in _FENCE.finditer(text)]
+
+
+def repeats(text: str) -> bool:
+    """Whether a text has come to say the same over and over: small models do not stop by themselves."""
+    tail = text[-_LOOP:]
+    return len(tail) == _LOOP and bool(tail.strip("-=*_# \n")) and any(tail[period:] == tail[:-period] for period in range(1, _LOOP // 4))

@@ -12,11 +12,11 @@ from typing import Any
 from pygls.exceptions import JsonRpcInvalidParams
 
 from inference_pio.engine import ChatPrompt, EngineError, Message, Priority, SamplingParams, TokenStream
-from inference_pio.lsp_server.conversation import code_blocks, compose
+from inference_pio.lsp_server.conversation import code_blocks, compose, repeats
 from inference_pio.lsp_server.documents import Document
 from inference_pio.lsp_server.session import Session
 
-_PENALTY = 1.1   # of repetition: without it small models say the same for ever
+_PENALTY = 1.05   # of repetition
 Report = Callable[[dict[str, Any]], None]
 
 
@@ -36,6 +36,9 @@ async def chat(session: Session, params: Mapping[str, Any], report: Report) -> d
     async with answer(session, conversation.prompt, limit, _PENALTY) as stream:
         async for piece in stream:
             report({"delta": piece})
+            if repeats(stream.text):
+                report({"repeats": True})
+                break
     blocks = [{"language": language, "text": text} for language, text in code_blocks(stream.text)]
     return {"text": stream.text, "codeBlocks": blocks, "context": context, "stats": asdict(stream.stats)}
 

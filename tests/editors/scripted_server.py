@@ -1,4 +1,5 @@
-"""An LSP server that suggests what a test tells it to: SUGGESTION after an optional delay, logs the methods it sees to LOG and its process to LOG.pid."""
+"""An LSP server that suggests what a test tells it to: SUGGESTION after an optional delay, logs the methods it sees to LOG and its process to
+LOG.pid. SUGGESTION is also its answer in the chat, which never ends if `hang` follows, and what it writes over a selection."""
 
 import json
 import os
@@ -35,6 +36,14 @@ while message := read():
         time.sleep(delay)
         here = message["params"]["position"]
         send({"id": message["id"], "result": {"items": [{"insertText": suggestion, "range": {"start": here, "end": here}}]}})
+    elif method == "pio/chat":
+        send({"method": "$/progress", "params": {"token": message["params"]["partialResultToken"], "value": {"delta": suggestion}}})
+        if "hang" not in sys.argv:
+            send({"id": message["id"], "result": {"text": suggestion}})
+    elif method == "pio/edit":
+        edit = {"range": message["params"]["range"], "newText": suggestion}
+        document = {"uri": message["params"]["textDocument"]["uri"], "version": message["params"]["textDocument"]["version"]}
+        send({"id": message["id"], "result": {"documentChanges": [{"textDocument": document, "edits": [edit]}]}})
     elif method == "exit":
         break
     elif "id" in message and method:

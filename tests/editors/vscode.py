@@ -59,6 +59,7 @@ class VSCode:
         width, height = viewport
         self.page = self._browser.new_page(viewport={"width": width, "height": height})
         self.foreign: list[str] = []   # what the pages asked of other machines
+        self.page.on("console", lambda message: self._log.write(f"browser: {message.text}\n"))
         self.page.on("request", lambda request: self._seen(request.url))
         self.page.goto(f"{address}/?folder={self.workspace}")
         self.page.wait_for_selector(".monaco-workbench", timeout=60_000)

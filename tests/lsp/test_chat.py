@@ -9,7 +9,7 @@ import pytest
 from pygls.exceptions import JsonRpcInvalidParams
 
 from inference_pio.engine import EngineError, Message, StreamStats
-from inference_pio.lsp_server.conversation import code_blocks, compose, expanded, fenced
+from inference_pio.lsp_server.conversation import code_blocks, compose, expanded, fenced, repeats
 from inference_pio.lsp_server.documents import Document
 from inference_pio.lsp_server.features.chat import chat
 from inference_pio.lsp_server.features.edit import changed_lines, edit, fitted
@@ -129,6 +129,13 @@ def test_long_code_is_cut_at_a_line_and_marked():
     (shown,) = conversation.shown
     assert shown.cut and 0 < shown.tokens <= 300
     assert conversation.prompt.messages[0].content.rstrip("`").endswith("of many\n")
+
+
+async def test_an_answer_that_repeats_itself_is_ended():
+    engine, reports = Engine(["It adds. "] + ["end for; "] * 1000), []
+    result = await chat(session(engine), {"messages": [user("go")]}, reports.append)
+    assert reports[-1] == {"repeats": True} and len(result["text"]) < 200 and engine.streams[0].closed
+    assert not repeats("=" * 500) and not repeats("".join(f"{i}," for i in range(500)))
 
 
 def test_blocks_and_fences():

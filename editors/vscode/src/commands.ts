@@ -9,7 +9,7 @@ export function commands(context: vscode.ExtensionContext, server: Server): vsco
   const configuration = () => vscode.workspace.getConfiguration("pio");
   const table: Record<string, () => unknown> = {
     "pio.showMenu": async () => {
-      const entries = [["Select Model…", "pio.selectModel"], ["Switch Completions On or Off", "pio.toggle"], ["Why Was This (Not) Shown?", "pio.explainLast"],
+      const entries = [["Chat", "pio.chat.focus"], ["Edit Selection…", "pio.edit"], ["Select Model…", "pio.selectModel"], ["Switch Completions On or Off", "pio.toggle"], ["Why Was This (Not) Shown?", "pio.explainLast"],
         ["Measure Latency", "pio.bench"], ["Restart Server", "pio.restartServer"], ["Show Log", "log"], ["Settings", "settings"]];
       const chosen = await vscode.window.showQuickPick(entries.map(([label, id]) => ({ label, id })), { title: "pio" });
       if (chosen?.id === "log") server.showLog();

@@ -26,6 +26,7 @@ export class Server implements vscode.Disposable {
   private readonly changed = new vscode.EventEmitter<void>();
   readonly onChange = this.changed.event;
   private readonly output = vscode.window.createOutputChannel("pio", { log: true });
+  private readonly handlers = new Map<string, (parameters: any[]) => unknown>();
   private crashes: number[] = [];
   private stderr = "";
   private starting: Promise<void> = Promise.resolve();
@@ -37,6 +38,10 @@ export class Server implements vscode.Disposable {
     this.crashes = [];
     this.starting = this.starting.then(async () => { await this.stop(); await this.start(); });
     return this.starting;
+  }
+
+  carriesOut(command: string, handler: (parameters: any[]) => unknown): void {
+    this.handlers.set(command, handler);
   }
 
   status(): Promise<ServerStatus> | undefined {
@@ -93,6 +98,8 @@ export class Server implements vscode.Disposable {
           }
           return items;
         },
+        // What code actions ask for is done here, in the chat and as a diff, rather than in the server.
+        executeCommand: (command, parameters, next) => (this.handlers.get(command) ?? (p => next(command, p)))(parameters),
       },
       initializationFailedHandler: () => false,
       errorHandler: {
