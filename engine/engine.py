@@ -346,6 +346,7 @@ class Engine:
                 sequence.computed = 0
             self._pool.release(match.partial_page)
         stats.reused_tokens = min(sequence.computed, sequence.prompt_length)
+        stats.recomputed_tokens = min(match.known, sequence.prompt_length) - stats.reused_tokens
         self._reused += stats.reused_tokens
 
     def _provide(self, work: Work) -> bool:

@@ -34,11 +34,13 @@ class Node:
 
 
 class Match(NamedTuple):
-    """The longest cached prefix: whole pages, and the first `partial` tokens of one more page. slot: the state behind it, or -1."""
+    """The longest prefix that can be taken up: whole pages, and the first `partial` tokens of one more page. slot: the state behind it,
+    or -1. known: tokens whose keys and values are cached; what of them lies behind the prefix has no state to go on from."""
 
     pages: list[int]
     partial_page: int
     partial: int
+    known: int
     slot: int = -1
 
 
@@ -72,21 +74,21 @@ class RadixCache:
             child.used = now
             path.append(child)
             node, at = child, at + size
-        if self._slots is not None:
-            return self._match_checkpoint(tokens, path, now)
         best, most = None, 0
         rest = tuple(tokens[at:at + size])
         for child in node.children.values():
             common = _common(child.tokens, rest)
             if common > most:
                 best, most = child, common
+        if self._slots is not None:
+            return self._match_checkpoint(tokens, path, at + most, now)
         pages = [node.page for node in path]
         if best is None:
-            return Match(pages, 0, 0)
+            return Match(pages, 0, 0, at)
         best.used = now
-        return Match(pages, best.page, most)
+        return Match(pages, best.page, most, at + most)
 
-    def _match_checkpoint(self, tokens: Sequence[int], path: list[Node], now: int) -> Match:
+    def _match_checkpoint(self, tokens: Sequence[int], path: list[Node], known: int, now: int) -> Match:
         """The deepest checkpoint in the matched tokens. It may stand in a page that parts from the path further on."""
         size = self._page_size
         for depth in range(len(path), -1, -1):
@@ -99,8 +101,8 @@ class RadixCache:
             offset, _, node = max(found)
             node.used = node.checkpoints[offset].used = now
             pages, slot = [n.page for n in path[:depth]], node.checkpoints[offset].slot
-            return Match([*pages, node.page], 0, 0, slot) if offset == size else Match(pages, node.page, offset, slot)
-        return Match([], 0, 0)
+            return Match([*pages, node.page], 0, 0, known, slot) if offset == size else Match(pages, node.page, offset, known, slot)
+        return Match([], 0, 0, known)
 
     def insert(self, tokens: Sequence[int], pages: Sequence[int], states: Iterable[tuple[int, int]] = ()) -> None:
         """tokens are cached in pages, which the caller holds, as it does the slots of states (position, slot). What the tree has

@@ -19,6 +19,7 @@ class StreamStats:
     prompt_tokens: int = 0
     reused_tokens: int = 0       # of the prompt, found in the cache
     computed_tokens: int = 0     # of the prompt, computed for this request
+    recomputed_tokens: int = 0   # of those, known before, but with no checkpoint to go on from: the price of a recurrent state
     generated_tokens: int = 0
     queued_ms: float = 0.0
     first_token_ms: float | None = None

@@ -11,9 +11,10 @@ import json
 from array import array
 from time import perf_counter
 
+from random_weights import RandomExperts
+
 from inference_pio.models.qwen3_coder_next.config import Config
 from inference_pio.models.qwen3_coder_next.plugin import PLUGIN
-from inference_pio.models.qwen3_coder_next.benchmarks.random_weights import RandomExperts
 from inference_pio.native.backend import Backend
 from inference_pio.native.bandwidth import read_bandwidth
 from inference_pio.native.dtype import BLOCKS, DType
