@@ -27,7 +27,7 @@ from inference_pio.native.bandwidth import read_bandwidth
 
 @dataclass(frozen=True)
 class LoadProgress:
-    stage: str      # download, load, ready
+    stage: str      # download, quantize, load, ready
     done: int       # bytes
     total: int      # bytes, 0 if not known
     detail: str
@@ -113,12 +113,13 @@ class Engine:
         self._thread.start()
 
     @classmethod
-    def open(cls, model: str | Path, *, device: str = "auto", activations: str = "auto", memory: int | None = None,
+    def open(cls, model: str | Path, *, device: str = "auto", weights: str = "auto", activations: str = "auto", memory: int | None = None,
              context: int | None = None, checkpoints: int | None = None, threads: int = 0, reuse: bool = True,
              progress: Callable[[LoadProgress], None] | None = None) -> Engine:
         """Locate (or fetch) and load a model.
 
-        model: a plugin's name, a Hugging Face id, a folder or a .gguf file. device: auto, cpu, cuda or cuda:N. activations: how inputs of
+        model: a plugin's name, a Hugging Face id, a folder or a .gguf file. device: auto, cpu, cuda or cuda:N. weights: auto
+        (as the checkpoint has them), q8 or q4 (matrices of floats rounded to 8 or 4 bits, kept on disk). activations: how inputs of
         linear layers are rounded: f32 (exact), bf16, q8 (8-bit integers, for quantised weights), auto. memory: bytes for weights and
         cache, default what is free. context: tokens, default the model's up to 8192. checkpoints: bytes of them for recurrent states of
         models that have such, default 64 of them where memory allows; with 0 the slots of running requests are all there is. threads: CPU threads, 0 for one per physical core.
@@ -129,6 +130,7 @@ class Engine:
         checkpoint = loading.open_checkpoint(located)
         backend = loading.open_backend(device, threads)
         try:
+            checkpoint = loading.quantize(checkpoint, weights, backend, lambda done, total: report(LoadProgress("quantize", done, total, str(model))))
             plan = loading.plan(checkpoint, backend, activations, memory, context, checkpoints)
             detail = f"{checkpoint.plugin.name} on {backend.device}: weights {sum(t.nbytes for t in checkpoint.tensors.values()) / 1e6:.0f} MB, " \
                      f"cache up to {plan.pages * plan.page_bytes / 1e6:.0f} MB ({plan.pages * PAGE_SIZE} tokens)" + (

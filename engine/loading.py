@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import inf
 from pathlib import Path
 from typing import Any
 
 from inference_pio.engine import gguf, safetensors
 from inference_pio.engine.chat_template import ChatTemplate, chat_template_of, chat_tokens_of_gguf
-from inference_pio.engine.errors import BadCheckpoint, DeviceError, OutOfMemory
+from inference_pio.engine.errors import BadCheckpoint, DeviceError, EngineError, OutOfMemory
 from inference_pio.engine.hub import Located
 from inference_pio.engine.prompts import PromptRenderer
+from inference_pio.engine.quantize import FORMATS, quantized
 from inference_pio.engine.registry import plugin_for
 from inference_pio.engine.runner import PAGE_SIZE, Runner
 from inference_pio.engine.tensor_file import TensorInfo
@@ -113,6 +114,15 @@ def open_backend(device: str, threads: int) -> Backend:
         raise DeviceError(f"device {device!r} cannot be used: {error}. Use --device cpu or auto") from None
     except ValueError as error:
         raise DeviceError(str(error)) from None
+
+
+def quantize(checkpoint: Checkpoint, weights: str, backend: Backend, progress: Callable[[int, int], None]) -> Checkpoint:
+    """The same checkpoint with its matrices in fewer bits, if `weights` says so (auto, q8 or q4)."""
+    if weights == "auto":
+        return checkpoint
+    if weights not in FORMATS:
+        raise EngineError(f"weights must be auto, {' or '.join(FORMATS)}, not {weights!r}")
+    return replace(checkpoint, tensors=quantized(checkpoint.path.stem, checkpoint.tensors, weights, checkpoint.plugin.exact, backend, progress))
 
 
 def plan(checkpoint: Checkpoint, backend: Backend, activations: str, memory: int | None, context: int | None,

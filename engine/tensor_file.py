@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
@@ -49,6 +50,18 @@ class TensorInfo:
     @property
     def data(self) -> memoryview:
         return self.file.data[self.offset:self.offset + self.nbytes]
+
+    def floats(self) -> list[float]:
+        """Its values, for the few that Python looks at. BadCheckpoint if they are in blocks."""
+        count = prod(self.shape)
+        if self.dtype == DType.F32:
+            return list(struct.unpack(f"<{count}f", self.data))
+        if self.dtype == DType.F16:
+            return list(struct.unpack(f"<{count}e", self.data))
+        if self.dtype == DType.BF16:
+            words = struct.unpack(f"<{count}H", self.data)
+            return list(struct.unpack(f"<{count}f", struct.pack(f"<{count}I", *(word << 16 for word in words))))
+        raise BadCheckpoint(f"{self.file.path}: tensor {self.name!r} must be f32, f16 or bf16, not {self.type_name}")
 
 
 def tensor_bytes(dtype: DType, shape: tuple[int, ...]) -> int:

@@ -13,7 +13,7 @@ from inference_pio.models.contract import Rows
 from inference_pio.native.backend import Backend, Tensor, Weight
 from inference_pio.native.dtype import DType, row_bytes
 
-_SCALE = "_scale_inv"   # block-FP8: despite its name it multiplies
+SCALE = "_scale_inv"   # block-FP8: despite its name it multiplies
 
 
 class WeightStore:
@@ -61,7 +61,7 @@ class WeightStore:
         if info.dtype == DType.F32 and transform is None:
             self._backend.copy_in(out, info.data)
         else:
-            values = self._floats(info)
+            values = info.floats()
             try:
                 packed = struct.pack(f"<{d}f", *(map(transform, values) if transform else values))
             except (ArithmeticError, ValueError) as error:
@@ -127,7 +127,7 @@ class WeightStore:
 
     def _scales(self, info: TensorInfo, rows: int, cols: int, ranges: tuple[range, ...]) -> bytes | None:
         """f32 scales by blocks of 128 x 128 of the rows that are taken."""
-        name = info.name + _SCALE
+        name = info.name + SCALE
         if info.dtype != DType.FP8_E4M3:
             return None
         if name not in self._tensors:
@@ -137,20 +137,9 @@ class WeightStore:
             raise self._bad(name, f"must be {[-(-rows // 128), wide]}, not {list(scale.shape)}")
         if any(r.start % 128 or (len(r) % 128 and r.stop != rows) for r in ranges):
             raise self._bad(info.name, "is FP8 and cannot be cut inside a block of 128 rows")
-        values = self._floats(scale)
+        values = scale.floats()
         return struct.pack(f"<{sum(-(-len(r) // 128) for r in ranges) * wide}f",
                            *(v for r in ranges for v in values[r.start // 128 * wide:-(-r.stop // 128) * wide]))
-
-    def _floats(self, info: TensorInfo) -> list[float]:
-        count = prod(info.shape)
-        if info.dtype == DType.F32:
-            return list(struct.unpack(f"<{count}f", info.data))
-        if info.dtype == DType.F16:
-            return list(struct.unpack(f"<{count}e", info.data))
-        if info.dtype == DType.BF16:
-            words = struct.unpack(f"<{count}H", info.data)
-            return list(struct.unpack(f"<{count}f", struct.pack(f"<{count}I", *(word << 16 for word in words))))
-        raise self._bad(info.name, f"must be f32, f16 or bf16, not {info.type_name}")
 
 
 def _name(entry: str | Rows) -> str:

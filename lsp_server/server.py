@@ -118,7 +118,7 @@ class Server(LanguageServer):
             percent = int(20 * progress.done / progress.total) * 5 if progress.total else 0
             if token and (progress.stage, percent) != shown:
                 shown = progress.stage, percent
-                verb = "downloading" if progress.stage == "download" else "loading"
+                verb = {"download": "downloading", "quantize": "rounding the weights of"}.get(progress.stage, "loading")
                 self.work_done_progress.report(token, types.WorkDoneProgressReport(message=f"{verb} {progress.detail}", percentage=percent))
 
         await self.session.load(on_progress)

@@ -99,7 +99,7 @@ class Session:
 
         try:
             self.engine = await self.in_worker(lambda: self._open(
-                s.model, device=s.device, memory=s.memory or None, context=s.context or None, threads=s.threads, reuse=self._reuse,
+                s.model, device=s.device, weights=s.weights, memory=s.memory or None, context=s.context or None, threads=s.threads, reuse=self._reuse,
                 progress=report))
         except EngineError as error:
             self.error = str(error)

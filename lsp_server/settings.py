@@ -19,6 +19,8 @@ class Settings:
     enable: bool = _setting(True, "Show completions while you type.")
     model: str = _setting("smollm2-135m", "Name of an installed model, a Hugging Face id, a folder or a .gguf file.", restart=True)
     device: str = _setting("auto", "auto, cpu, cuda or cuda:N.", restart=True)
+    weights: str = _setting("auto", "auto takes the checkpoint's own numbers; q8 or q4 rounds floats to 8 or 4 bits at the first start and keeps "
+                                    "the result on disk.", choices=("auto", "q8", "q4"), restart=True)
     memory: int = _setting(0, "Bytes for weights and cache; 0 takes what is free.", least=0, restart=True)
     context: int = _setting(0, "Tokens the model can see at once; 0 takes the model's own limit up to 8192.", least=0, most=1 << 20, restart=True)
     threads: int = _setting(0, "CPU threads; 0 takes one for each physical core.", least=0, most=1024, restart=True)

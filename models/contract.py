@@ -140,3 +140,4 @@ class ModelPlugin:
     load: Callable[[Any, TensorSource, Backend], Any]
     workspace: Callable[[Any, Backend, int, int, DType], Any]
     forward: Callable[[Any, Any, Any, Batch, tuple[KV | States, ...]], Tensor]
+    exact: tuple[str, ...] = ()      # names (with *) of matrices that are not rounded when a checkpoint is quantized at load

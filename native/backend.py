@@ -224,6 +224,20 @@ class Backend:
         self.copy_in(self._staging, data)
         self.check(pack(self.stream, out, self._staging.pointer, dtype, rows, cols))
 
+    def decode(self, out: Tensor, data, dtype: DType, rows: int, cols: int, scales=None) -> None:
+        """out f32 [>= rows, cols] = the values of rows as files hold them, exactly; scales: f32 of each block of 128 x 128, for fp8."""
+        packed = self.tensor((self.lib.tops_packed_bytes(dtype, rows, cols),), DType.U8)
+        weight = self.ffi.new("tops_weight *", {"data": packed.pointer, "rows": rows, "cols": cols, "dtype": dtype, "activations": DType.F32})
+        made = [packed]
+        if scales is not None:
+            made.append(self.tensor((-(-rows // 128), -(-cols // 128)), DType.F32))
+            self.copy_in(made[1], scales)
+            weight.scales = self.ffi.cast("float *", made[1].pointer)
+        self._pack_into(self.lib.tops_pack, packed.pointer, memoryview(data).cast("B"), dtype, rows, cols)
+        self.check(self.lib.tops_unpack_rows(self.stream, out.pointer, weight, 0, rows))
+        for tensor in made:
+            self.free(tensor)
+
     def _arena_take(self, nbytes: int):
         nbytes = -(-nbytes // 256) * 256
         if nbytes > _ARENA // 4:

@@ -159,11 +159,22 @@ int tops_pack_expert(tops_stream *stream, void *out, const void *in, int32_t dty
     return tops_pack(stream, out, in, dtype, rows, cols);
 }
 
+typedef struct {
+    float *out;
+    const tops_weight *w;
+    int64_t first;
+} unpack_job;
+
+static void unpack_item(void *context, int64_t row) {
+    const unpack_job *job = context;
+    unpack_row(job->out + row * job->w->cols, job->w, job->first + row);
+}
+
 int tops_unpack_rows(tops_stream *stream, float *out, const tops_weight *w, int64_t first, int64_t count) {
-    (void)stream;
     REQUIRE(tops_packed_bytes(w->dtype, w->rows, w->cols) >= 0, "w: no packed layout for dtype %d with %lld columns", w->dtype, (long long)w->cols);
     REQUIRE(first >= 0 && count >= 0 && first + count <= w->rows, "rows: %lld..%lld of %lld", (long long)first, (long long)(first + count), (long long)w->rows);
-    for (int64_t i = 0; i < count; i++) unpack_row(out + i * w->cols, w, first + i);
+    unpack_job job = {out, w, first};
+    tops_team_run(stream->team, count, unpack_item, &job);
     return TOPS_OK;
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType, quants
 
 from checkpoint_files import Tensors, plain, write_gguf, write_safetensors
 from inference_pio.engine import Engine, EngineError
@@ -181,6 +182,30 @@ def test_gguf_of_both_generations_agrees_with_its_values(tmp_path, arrays, rng, 
     tensors, values = gguf(arrays, rng, interleaved, MIXTURES[mixture])
     expected = logits(write_safetensors(tmp_path / "plain", CONFIG, plain(values)))
     close(logits(write_gguf(tmp_path / "model.gguf", METADATA, tensors)), expected)
+
+
+@pytest.mark.parametrize("weights", ["q8", "q4"])
+@pytest.mark.parametrize("source", [DType.F32, DType.FP8_E4M3])
+def test_rounding_at_load_keeps_routers_and_gates(tmp_path, arrays, rng, monkeypatch, weights, source):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    stored, values = {}, dict(arrays)
+    for name, array in arrays.items():
+        vocabulary = "embed" in name or "lm_head" in name
+        if array.ndim != 2 or any(part in name for part in ("in_proj_ba", "mlp.gate.", "shared_expert_gate")):
+            stored |= plain({name: array})
+            continue
+        if source == DType.FP8_E4M3 and not vocabulary:
+            data, array, scales = random_weight(rng, source, *array.shape)
+            stored |= {name: (source, array.shape, data), name + "_scale_inv": (DType.F32, scales.shape, scales.astype("<f4").tobytes())}
+            values[name] = array
+            if weights == "q8":
+                continue        # it has 8 bits already
+        else:
+            stored |= plain({name: array})
+        kind = GGMLQuantizationType.Q4_0 if weights == "q4" and not vocabulary else GGMLQuantizationType.Q8_0
+        values[name] = quants.dequantize(quants.quantize(array.astype("f4"), kind), kind)
+    expected = logits(write_safetensors(tmp_path / "plain", CONFIG, plain(values)))
+    close(logits(write_safetensors(tmp_path / "stored", CONFIG, stored), weights=weights), expected)
 
 
 def refused(path, *words):
