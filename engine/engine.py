@@ -103,7 +103,7 @@ class Engine:
         slots = PagePool(info.state_count, first=0) if info.state_count else None
         self._cache = RadixCache(self._pool, PAGE_SIZE, slots)
         self._checkpoints = Checkpoints(slots, self._cache, checkpoint.renderer.boundaries) if slots else None
-        self._scheduler = Scheduler(runner.most_tokens, MOST_ROWS)
+        self._scheduler = Scheduler(runner.most_tokens(runner.backend), MOST_ROWS)
         self._arrivals: deque[Sequence | tuple[Callable[[], Any], Future]] = deque()
         self._condition = threading.Condition()
         self._closing, self._failed = False, ""
@@ -133,7 +133,7 @@ class Engine:
             checkpoint = loading.quantize(checkpoint, weights, backend, lambda done, total: report(LoadProgress("quantize", done, total, str(model))))
             plan = loading.plan(checkpoint, backend, activations, memory, context, checkpoints)
             detail = f"{checkpoint.plugin.name} on {backend.device}: weights {sum(t.nbytes for t in checkpoint.tensors.values()) / 1e6:.0f} MB, " \
-                     f"cache up to {plan.pages * plan.page_bytes / 1e6:.0f} MB ({plan.pages * PAGE_SIZE} tokens)" + (
+                     f"{plan.workspace_bytes / 1e6:.0f} MB to compute in, cache up to {plan.pages * plan.page_bytes / 1e6:.0f} MB ({plan.pages * PAGE_SIZE} tokens)" + (
                          f", {plan.states} recurrent states of {plan.state_bytes / 1e6:.1f} MB" if plan.states else "")
             runner, weight_bytes = loading.load(checkpoint, backend, plan, lambda done, total: report(LoadProgress("load", done, total, detail)))
         except BaseException:

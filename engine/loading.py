@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from math import inf
+from math import inf, prod
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,14 @@ from inference_pio.engine.hub import Located
 from inference_pio.engine.prompts import PromptRenderer
 from inference_pio.engine.quantize import FORMATS, quantized
 from inference_pio.engine.registry import plugin_for
-from inference_pio.engine.runner import PAGE_SIZE, Runner
+from inference_pio.engine.runner import PAGE_SIZE, SCORED_ROWS, Runner
 from inference_pio.engine.tensor_file import TensorInfo
 from inference_pio.engine.tokenizer import Tokenizer
 from inference_pio.engine.weights import WeightStore
 from inference_pio.models.contract import ModelPlugin
 from inference_pio.native import backend as native
 from inference_pio.native.backend import Backend
-from inference_pio.native.dtype import DType
+from inference_pio.native.dtype import BLOCKS, DType
 
 CONTEXT = 8192               # tokens, if nobody says otherwise
 _MARGIN = 256 << 20          # left to others when the budget is what is free
@@ -58,6 +58,7 @@ class Plan:
     page_bytes: int
     states: int              # slots for recurrent states; 0: the model has none
     state_bytes: int         # of a slot
+    workspace_bytes: int     # activations and scratch of the largest step
 
 
 def open_checkpoint(located: Located) -> Checkpoint:
@@ -139,7 +140,8 @@ def plan(checkpoint: Checkpoint, backend: Backend, activations: str, memory: int
     page_bytes = Runner.page_bytes(checkpoint.plugin, checkpoint.config, cache_dtype)
     context = min(context or min(checkpoint.context, CONTEXT), checkpoint.context)
     weights = sum(t.nbytes for t in checkpoint.tensors.values())
-    budget = memory if memory is not None else backend.memory_info()[0] - _MARGIN
+    workspace_bytes = _workspace_bytes(checkpoint, backend, storage)
+    budget = memory if memory is not None else backend.memory_info()[0] - _MARGIN - workspace_bytes
     least = -(-context // PAGE_SIZE) + 2
     layout = checkpoint.plugin.cache_layout(checkpoint.config).states
     state_bytes = layout.nbytes if layout else 0
@@ -156,7 +158,26 @@ def plan(checkpoint: Checkpoint, backend: Backend, activations: str, memory: int
         states = 1 + min(_RUNNING - 1 + wanted, left // 2 // state_bytes)
         left -= (states - 1) * state_bytes
     pages = least + min(left // page_bytes, (_CONTEXTS - 1) * least)
-    return Plan(storage, rounding, cache_dtype, context, pages, page_bytes, states, state_bytes)
+    return Plan(storage, rounding, cache_dtype, context, pages, page_bytes, states, state_bytes, workspace_bytes)
+
+
+class _Measure:
+    """Stands in for a backend that a workspace is made on: counts the bytes."""
+
+    def __init__(self, backend: Backend):
+        self._backend, self.nbytes = backend, 0
+
+    def tensor(self, shape: Sequence[int], dtype: DType) -> None:
+        self.nbytes += prod(shape) * BLOCKS[dtype][1]
+
+    def reserve(self, n: int, widest: int, h: int, p: int) -> None:
+        self.nbytes += self._backend.lib.tops_scratch_bytes(n, widest, h, p)
+
+
+def _workspace_bytes(checkpoint: Checkpoint, backend: Backend, storage: DType) -> int:
+    measure = _Measure(backend)
+    checkpoint.plugin.workspace(checkpoint.config, measure, Runner.most_tokens(backend), SCORED_ROWS, storage)
+    return measure.nbytes
 
 
 def load(checkpoint: Checkpoint, backend: Backend, plan: Plan, progress: Callable[[int, int], None]) -> tuple[Runner, int]:

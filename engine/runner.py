@@ -42,7 +42,7 @@ class Runner:
                  pages: int, slots: int, context: int, vocabulary: int):
         self.backend, self._plugin, self._config, self._weights = backend, plugin, config, weights
         layout = plugin.cache_layout(config)
-        self.most_tokens = 512 if backend.kind == "cpu" else 2048
+        self._most_tokens = self.most_tokens(backend)
         self._max_pages = -(-context // PAGE_SIZE)
         self._pool, kv = backend.kv_cache(layout.layers, pages, layout.g, PAGE_SIZE, layout.p, cache_dtype)
         s, states = layout.states, ()
@@ -51,8 +51,8 @@ class Runner:
         self._cache = layout.in_order(kv, states)
         self._page_bytes = layout.g * PAGE_SIZE * layout.p * (4 if cache_dtype == DType.F32 else 2)
         self._planes, self._pages = 2 * layout.layers, pages
-        self._batch = backend.batch(self.most_tokens, MOST_ROWS, self._max_pages, SCORED_ROWS)
-        self._workspace = plugin.workspace(config, backend, self.most_tokens, SCORED_ROWS, storage)
+        self._batch = backend.batch(self._most_tokens, MOST_ROWS, self._max_pages, SCORED_ROWS)
+        self._workspace = plugin.workspace(config, backend, self._most_tokens, SCORED_ROWS, storage)
         self._graphs: dict[int, tuple[Graph, Tensor]] = {}
         self._staging = backend.host_buffer(self._batch.block.nbytes).cast("i")
         base = int(backend.ffi.cast("uintptr_t", self._batch.block.pointer))
@@ -67,6 +67,11 @@ class Runner:
         self._allowed = backend.tensor((MOST_ROWS, self._words), DType.U32)
         self._history = backend.tensor((MOST_ROWS, HISTORY), DType.I32)
         self._lengths = backend.tensor((MOST_ROWS,), DType.I32)
+
+    @staticmethod
+    def most_tokens(backend: Backend) -> int:
+        """Of a step."""
+        return 512 if backend.kind == "cpu" else 2048
 
     @staticmethod
     def page_bytes(plugin: ModelPlugin, config: Any, cache_dtype: DType) -> int:

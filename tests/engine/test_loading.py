@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from checkpoints import GOLDEN
-from inference_pio.engine import BadCheckpoint, Engine, EngineError, ModelNotFound
+from inference_pio.engine import BadCheckpoint, Engine, EngineError, ModelNotFound, loading
+from inference_pio.engine.runner import PAGE_SIZE
+from inference_pio.models.qwen3_coder_next.plugin import PLUGIN as CODER_NEXT
+from inference_pio.native.dtype import DType
 
 SOURCE = GOLDEN / "llama"
 
@@ -76,3 +81,21 @@ def test_without_a_tokenizer_ids_are_scored_and_text_is_refused(folder):
         assert not engine.info.has_tokenizer and engine.score([1, 2, 3]).shape == (3, 512)
         with pytest.raises(EngineError, match="no tokenizer"):
             engine.tokenize("text")
+
+
+def test_the_flagship_fits_on_a_card_of_78_gib_with_128k_tokens_and_64_checkpoints():
+    config = CODER_NEXT.parse_config({
+        "vocab_size": 151936, "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256,
+        "rms_norm_eps": 1e-6, "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+        "linear_conv_kernel_dim": 4, "num_experts": 512, "num_experts_per_tok": 10, "moe_intermediate_size": 512, "max_position_embeddings": 262144,
+        "shared_expert_intermediate_size": 512, "partial_rotary_factor": 0.25, "rope_theta": 5e6}, "safetensors")
+    weights = SimpleNamespace(dtype=DType.Q4_0, nbytes=44_800_000_000)
+    checkpoint = SimpleNamespace(path=Path("flagship"), plugin=CODER_NEXT, config=config, tensors={"all": weights}, context=262144)
+    backend = SimpleNamespace(kind="cuda", device="cuda:0", memory_info=lambda: (78 << 30, 80 << 30), lib=SimpleNamespace(tops_scratch_bytes=lambda *_: 2 << 30))
+    plan = loading.plan(checkpoint, backend, "auto", None, 131072, None)
+    assert plan.pages * PAGE_SIZE >= 131072 and plan.states >= 64 + 1
+    assert plan.workspace_bytes > 2 << 30, "scratch and activations are counted"
+    taken = weights.nbytes + plan.pages * plan.page_bytes + plan.states * plan.state_bytes + plan.workspace_bytes
+    assert taken < 78 << 30
+    with pytest.raises(EngineError, match="needs 44.80 GB for weights, .* for a recurrent state and .*the budget is 48.00 GB"):
+        loading.plan(checkpoint, backend, "auto", 48_000_000_000, 131072, None)
