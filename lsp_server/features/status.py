@@ -11,7 +11,8 @@ from inference_pio.lsp_server.session import Session
 def status(session: Session) -> dict[str, Any]:
     """`pio/status`: state is loading, ready or error; `last` tells of the last completion request."""
     answer: dict[str, Any] = {"state": "ready" if session.engine else "error" if session.error else "loading", "model": session.settings.model,
-                              "error": session.error, "progress": asdict(session.progress) if session.progress else None}
+                              "enabled": session.settings.enable, "error": session.error,
+                              "progress": asdict(session.progress) if session.progress else None}
     if session.last is not None:
         answer["last"] = {key: value for key, value in asdict(session.last).items() if key not in ("prompt", "began")}
     if session.engine is not None:

@@ -1,5 +1,6 @@
 """An LSP server that suggests what a test tells it to: SUGGESTION after an optional delay, logs the methods it sees to LOG and its process to
-LOG.pid. SUGGESTION is also its answer in the chat, which never ends if `hang` follows, and what it writes over a selection."""
+LOG.pid. SUGGESTION is also its answer in the chat, which never ends if `hang` follows, and what it writes over a selection. With `slow` it
+takes a second to start."""
 
 import json
 import os
@@ -29,6 +30,7 @@ while message := read():
     method = message.get("method")
     log.write(f"{method}\n")
     if method == "initialize":
+        time.sleep("slow" in sys.argv)
         encoding = message["params"]["capabilities"]["general"]["positionEncodings"][0]
         capabilities = {"textDocumentSync": 2, "inlineCompletionProvider": {}, "positionEncoding": encoding}
         send({"id": message["id"], "result": {"capabilities": capabilities, "serverInfo": {"name": "scripted", "version": "0.1.0"}}})
@@ -36,6 +38,8 @@ while message := read():
         time.sleep(delay)
         here = message["params"]["position"]
         send({"id": message["id"], "result": {"items": [{"insertText": suggestion, "range": {"start": here, "end": here}}]}})
+    elif method == "pio/status":
+        send({"id": message["id"], "result": {"state": "ready", "enabled": True, "model": "scripted", "error": None, "progress": None}})
     elif method == "pio/chat":
         send({"method": "$/progress", "params": {"token": message["params"]["partialResultToken"], "value": {"delta": suggestion}}})
         if "hang" not in sys.argv:

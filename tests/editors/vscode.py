@@ -1,4 +1,6 @@
-"""A real VS Code (code-server) in a real browser, driven as a person would: keys, clicks, and the file on the disk."""
+"""A real VS Code (code-server) in a real browser, driven as a person would: keys, clicks, and the file on the disk.
+
+Nothing here or in the scenarios waits for a length of time: each step waits until what it needs can be seen."""
 
 from __future__ import annotations
 
@@ -19,6 +21,7 @@ INSTALLED = ROOT / "build" / "vscode"          # by install_vscode.sh
 SHOTS = INSTALLED / "screenshots"
 SERVER = [sys.executable, "-m", "inference_pio.lsp_server"]
 _ENTRY = INSTALLED / "node_modules" / "code-server" / "out" / "node" / "entry.js"
+_PATIENCE = 120       # seconds: how long a machine may take that does much else; no test passes or fails by being fast
 _QUIET = {
     "workbench.startupEditor": "none", "security.workspace.trust.enabled": False, "telemetry.telemetryLevel": "off", "update.mode": "none",
     "extensions.autoCheckUpdates": False, "extensions.autoUpdate": False, "workbench.enableExperiments": False, "workbench.tips.enabled": False,
@@ -45,7 +48,7 @@ class VSCode:
         machine.write_text(json.dumps({"pio.command": command or SERVER}))
         node = INSTALLED / "node" / "bin" / "node"
         common = [node, _ENTRY, "--extensions-dir", extensions, "--user-data-dir", self._data, "--config", folder / "config.yaml"]
-        subprocess.run([*common, "--install-extension", INSTALLED / "pio.vsix"], check=True, capture_output=True, timeout=120)
+        subprocess.run([*common, "--install-extension", INSTALLED / "pio.vsix"], check=True, capture_output=True, timeout=2 * _PATIENCE)
         port = _free_port()
         self._log = (folder / "code-server.log").open("w")
         self.process = subprocess.Popen(
@@ -58,11 +61,12 @@ class VSCode:
                                                    args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"])
         width, height = viewport
         self.page = self._browser.new_page(viewport={"width": width, "height": height})
+        self.page.set_default_timeout(1000 * _PATIENCE)
         self.foreign: list[str] = []   # what the pages asked of other machines
         self.page.on("console", lambda message: self._log.write(f"browser: {message.text}\n"))
         self.page.on("request", lambda request: self._seen(request.url))
         self.page.goto(f"{address}/?folder={self.workspace}")
-        self.page.wait_for_selector(".monaco-workbench", timeout=60_000)
+        self.page.wait_for_selector(".monaco-workbench")
 
     def _seen(self, url: str) -> None:
         if url.startswith("http") and "127.0.0.1" not in url and "open-vsx.org" not in url:   # VS Code's own gallery
@@ -70,12 +74,25 @@ class VSCode:
 
     def open(self, name: str) -> None:
         self.page.dblclick(f'.explorer-folders-view .monaco-list-row:has-text("{name}")')
-        self.page.wait_for_selector(f'.tab.active:has-text("{name}")')
-        self.page.click(".editor-instance .monaco-editor .view-lines")
+        self.focus(name)
 
-    def ready(self, seconds: float = 120) -> str:
+    def focus(self, name: str) -> None:
+        """Wait until the file stands in the editor, as on the disk, and click into it."""
+        self.page.wait_for_selector(f'.tab.active:has-text("{name}"):not(:has-text("proposal"))')
+        self.page.wait_for_selector(".monaco-diff-editor", state="detached")
+        begin = (self.workspace / name).read_text().partition("\n")[0].strip()
+        wait(lambda: begin in self.lines(), f"{name} is drawn", editor=self)
+        self.page.click(".editor-instance .monaco-editor .view-lines")
+        self.page.wait_for_selector(".editor-instance .monaco-editor.focused")
+
+    def lines(self) -> str:
+        """What is drawn of the document, ghost text included."""
+        found = self.page.locator(".editor-instance .view-lines")
+        return (found.last.text_content() or "").replace("\u00a0", " ") if found.count() else ""
+
+    def ready(self) -> str:
         """The status bar's text, once the model is loaded."""
-        text = wait(lambda: (t := self.status_bar()) and ("·" in t or self.problem()) and t, "the model is loaded", seconds, self)
+        text = wait(lambda: (t := self.status_bar()) and ("·" in t or self.problem()) and t, "the model is loaded", editor=self)
         assert not self.problem(), self.problem()
         return text
 
@@ -83,10 +100,14 @@ class VSCode:
         item = self.page.locator('.statusbar-item[id*="pio.status"]')
         return (item.first.text_content() or "").replace("\u00a0", " ") if item.count() else ""
 
-    def problem(self) -> str:
-        """The status bar's tooltip, where it shows an error."""
-        item = self.page.locator('.statusbar-item.error-kind[id*="pio.status"] a')
+    def told(self) -> str:
+        """The status bar's tooltip."""
+        item = self.page.locator('.statusbar-item[id*="pio.status"] a')
         return item.first.get_attribute("aria-label") or "" if item.count() else ""
+
+    def problem(self) -> str:
+        """The same, where it is an error."""
+        return self.told() if self.page.locator('.statusbar-item.error-kind[id*="pio.status"]').count() else ""
 
     def type(self, text: str, delay: float = 0) -> None:
         self.page.keyboard.type(text, delay=delay)
@@ -99,40 +120,36 @@ class VSCode:
     def ghost(self) -> Locator:
         return self.page.locator(".ghost-text, .ghost-text-decoration")
 
-    def ghost_text(self, seconds: float = 30) -> list[str]:
+    def ghost_text(self) -> list[str]:
         """The pieces shown, once there are any: the rest of the cursor's line and those below, in the order of the page."""
-        wait(lambda: self.ghost.count(), "ghost text", seconds, self)
+        wait(lambda: self.ghost.count(), "ghost text", editor=self)
         return [text.replace("\u00a0", " ") for text in self.ghost.all_text_contents()]
 
     def command(self, title: str) -> None:
         self.page.keyboard.press("F1")
-        self.page.wait_for_selector(".quick-input-widget input")
-        self.page.keyboard.type(title)
+        self.page.locator(".quick-input-widget:visible input:focus").fill(f">{title}")
         self.page.wait_for_selector(f'.quick-input-list .monaco-list-row.focused:has-text("{title}")')
         self.page.keyboard.press("Enter")
 
-    def choose(self, label: str) -> None:
-        """An entry of the list that is open."""
-        self.page.click(f'.quick-input-list .monaco-list-row:has-text("{label}")')
+    def choose(self, title: str, label: str) -> None:
+        """An entry of the list of that title."""
+        self.page.click(f'.quick-input-widget:has-text("{title}") .quick-input-list .monaco-list-row:has-text("{label}")')
 
-    def answer(self, text: str) -> None:
-        """Into the input box that is open."""
-        self.page.wait_for_selector(".quick-input-widget:not(:has(.monaco-list-row)) input:focus")
-        self.page.keyboard.type(text)
+    def answer(self, prompt: str, text: str) -> None:
+        """Into the input box that asks so."""
+        self.page.locator(f'.quick-input-widget:visible:has-text("{prompt}") input:focus').fill(text)
         self.page.keyboard.press("Enter")
 
     def saved(self, name: str) -> str:
-        """Press Ctrl+S and read the file: the editor's own lines would also hold ghost text."""
-        path = self.workspace / name
-        before = path.stat().st_mtime_ns
+        """Press Ctrl+S once the file is changed, and read it: the editor's own lines would also hold ghost text."""
+        self.page.wait_for_selector(f'.tab.active.dirty:has-text("{name}")')
         self.page.keyboard.press("Control+s")
-        wait(lambda: path.stat().st_mtime_ns != before, f"{name} is saved", 10, self)
-        time.sleep(0.05)
-        return path.read_text()
+        self.page.wait_for_selector(f'.tab.active:not(.dirty):has-text("{name}")')
+        return (self.workspace / name).read_text()
 
     def frame(self, selector: str) -> Frame:
         """The webview that holds an element: it stands two frames deep."""
-        return wait(lambda: next((f for f in self.page.frames if _holds(f, selector)), None), f"a frame with {selector}", 30, self)
+        return wait(lambda: next((f for f in self.page.frames if _holds(f, selector)), None), f"a frame with {selector}", editor=self)
 
     def shot(self, name: str) -> Path:
         SHOTS.mkdir(exist_ok=True)
@@ -151,7 +168,7 @@ class VSCode:
         self._log.close()
 
 
-def wait(condition, what: str, seconds: float = 60, editor: VSCode | None = None):
+def wait(condition, what: str, editor: VSCode | None = None, seconds: float = _PATIENCE):
     """The first true value of condition(); a screenshot tells what was there instead."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

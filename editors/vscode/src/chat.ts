@@ -1,11 +1,11 @@
 // The chat: conversations are kept here, so that neither a hidden view nor a dead server loses one; the view only draws them.
 import * as vscode from "vscode";
-import { ErrorCodes, ProgressType, ResponseError, State } from "vscode-languageclient/node";
+import { ErrorCodes, ProgressType, ResponseError } from "vscode-languageclient/node";
 import type { Edits } from "./edit";
 import type { Server } from "./server";
 
-interface Turn { role: "user" | "assistant"; content: string; note?: string; error?: string }
 interface Place { textDocument: { uri: string }; range?: unknown }
+interface Turn { role: "user" | "assistant"; content: string; place?: Place; note?: string; error?: string }
 interface Report { delta?: string; hidden?: string; repeats?: boolean; context?: { shown: { name: string; tokens: number; cut: boolean }[]; dropped: number; tokens: number } }
 type FromView =
   | { type: "ready" | "stop" | "new" | "retry" }
@@ -23,19 +23,20 @@ export class Chat implements vscode.WebviewViewProvider {
 
   resolveWebviewView(view: vscode.WebviewView): void {
     this.view = view;
-    const media = vscode.Uri.joinPath(this.context.extensionUri, "media");
-    const file = (name: string) => view.webview.asWebviewUri(vscode.Uri.joinPath(media, name));
-    view.webview.options = { enableScripts: true, localResourceRoots: [media] };
+    const [media, dist] = ["media", "dist"].map(name => vscode.Uri.joinPath(this.context.extensionUri, name));
+    const file = (folder: vscode.Uri, name: string) => view.webview.asWebviewUri(vscode.Uri.joinPath(folder, name));
+    view.webview.options = { enableScripts: true, localResourceRoots: [media, dist] };
     view.webview.onDidReceiveMessage((message: FromView) => this.receive(message));
     view.onDidDispose(() => { this.view = undefined; });
     const allowed = `default-src 'none'; style-src ${view.webview.cspSource}; script-src ${view.webview.cspSource}`;
+    // Disabled until the script runs: what is typed before would be lost.
     view.webview.html = `<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">
-      <meta http-equiv="Content-Security-Policy" content="${allowed}"><link rel="stylesheet" href="${file("chat.css")}"></head>
+      <meta http-equiv="Content-Security-Policy" content="${allowed}"><link rel="stylesheet" href="${file(media, "chat.css")}"></head>
       <body><main id="log" role="log" aria-live="polite"></main>
-      <form id="form"><textarea id="question" rows="3" aria-label="Ask about the code" placeholder="Ask about the code (/explain /fix /refactor /tests /docs)"></textarea>
+      <form id="form"><fieldset id="controls" disabled><textarea id="question" rows="3" aria-label="Ask about the code" placeholder="Ask about the code (/explain /fix /refactor /tests /docs)"></textarea>
       <div><button id="send" type="submit">Ask</button><button id="stop" type="button" hidden>Stop</button>
-      <button id="new" type="button" class="quiet">New Chat</button></div></form>
-      <script type="module" src="${file("chat.js")}"></script></body></html>`;
+      <button id="new" type="button" class="quiet">New Chat</button></div></fieldset></form>
+      <script src="${file(dist, "chat.js")}"></script></body></html>`;
   }
 
   /** Open the view and ask; for commands and code actions. */
@@ -71,7 +72,7 @@ export class Chat implements vscode.WebviewViewProvider {
       case "retry": {
         const question = this.turns.splice(this.turns.findLastIndex(turn => turn.role === "user"))[0];
         this.draw();
-        if (question) await this.answer(question.content);
+        if (question) await this.answer(question.content, question.place);
         break;
       }
       case "copy": await vscode.env.clipboard.writeText(message.text); break;
@@ -82,17 +83,19 @@ export class Chat implements vscode.WebviewViewProvider {
 
   private async answer(text: string, place = this.place()): Promise<void> {
     if (this.running) return;
-    const client = this.server.client, running = this.running = new vscode.CancellationTokenSource();
+    const running = this.running = new vscode.CancellationTokenSource();
     const messages = [...this.turns.map(({ role, content }) => ({ role, content })).filter(turn => turn.content), { role: "user", content: text }];
     const turn: Turn = { role: "assistant", content: "" };
-    this.turns.push({ role: "user", content: text }, turn);
+    this.turns.push({ role: "user", content: text, place }, turn);
     this.draw();
     const token = `pio-chat-${Date.now()}-${Math.random()}`;
-    const listener = client?.onProgress(new ProgressType<Report>(), token, async report => this.report(turn, report));
+    let listener: vscode.Disposable | undefined;
+    const stopped = new Promise<never>((_, reject) => running.token.onCancellationRequested(reject));   // even if the server does not answer
     try {
-      if (!client || client.state !== State.Running) throw new Error(this.server.problem ?? "the server is not running yet");
+      const client = await Promise.race([this.server.running(), stopped]);
+      listener = client.onProgress(new ProgressType<Report>(), token, async report => this.report(turn, report));
       const params = { messages, ...place, partialResultToken: token };
-      turn.content = (await client.sendRequest<{ text: string }>("pio/chat", params, running.token)).text;
+      turn.content = (await Promise.race([client.sendRequest<{ text: string }>("pio/chat", params, running.token), stopped])).text;
     } catch (error) {
       const died = error instanceof ResponseError && error.code === ErrorCodes.PendingResponseRejected;
       turn.error = running.token.isCancellationRequested ? "Stopped." : died ? "The server ended in the middle of the answer." : (error as Error).message;
@@ -122,9 +125,9 @@ export class Chat implements vscode.WebviewViewProvider {
   /** What a question is about: the selection of the editor, or its file. */
   private place(): Place | undefined {
     const editor = vscode.window.activeTextEditor;
-    if (!editor || !["file", "untitled"].includes(editor.document.uri.scheme) || !this.server.client) return undefined;
-    const convert = this.server.client.code2ProtocolConverter;
-    return { textDocument: convert.asTextDocumentIdentifier(editor.document), ...(editor.selection.isEmpty ? {} : { range: convert.asRange(editor.selection) }) };
+    if (!editor || !["file", "untitled"].includes(editor.document.uri.scheme)) return undefined;
+    const { start, end, isEmpty } = editor.selection, plain = ({ line, character }: vscode.Position) => ({ line, character });
+    return { textDocument: { uri: editor.document.uri.toString() }, ...(isEmpty ? {} : { range: { start: plain(start), end: plain(end) } }) };
   }
 
   private async keep(): Promise<void> {

@@ -17,7 +17,7 @@ export function commands(context: vscode.ExtensionContext, server: Server): vsco
       else if (chosen) await vscode.commands.executeCommand(chosen.id);
     },
     "pio.selectModel": async () => {
-      const models = await server.client?.sendRequest<Listing[]>("pio/models", {}) ?? [];
+      const models = await (await server.running()).sendRequest<Listing[]>("pio/models", {});
       const other = "Another…";
       const size = (m: Listing) => m.bytes ? `${(m.bytes / 1e6).toFixed(0)} MB` : "size not known";
       const chosen = await vscode.window.showQuickPick([
@@ -30,8 +30,7 @@ export function commands(context: vscode.ExtensionContext, server: Server): vsco
     "pio.restartServer": () => server.restart(),
     "pio.toggle": () => configuration().update("enable", !configuration().get<boolean>("enable"), vscode.ConfigurationTarget.Global),
     "pio.explainLast": async () => {
-      if (!server.client) return vscode.window.showInformationMessage(`pio: ${server.problem ?? "the server starts"}`);
-      const answer = await server.client.sendRequest<Record<string, unknown>>("pio/explain", {});
+      const answer = await (await server.running()).sendRequest<Record<string, unknown>>("pio/explain", {});
       const content = Object.entries(answer).map(([key, value]) => `${key}: ${typeof value === "string" ? value : JSON.stringify(value, null, 2)}`).join("\n");
       await vscode.window.showTextDocument(await vscode.workspace.openTextDocument({ content, language: "plaintext" }), { preview: true });
     },

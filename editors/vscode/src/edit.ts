@@ -36,13 +36,11 @@ export class Edits implements vscode.TextDocumentContentProvider {
   }
 
   async rewrite(document: vscode.TextDocument, range: vscode.Range, instruction: string): Promise<void> {
-    const client = this.server.client;
-    if (!client) return void vscode.window.showErrorMessage(`pio: ${this.server.problem ?? "the server is not running yet"}`);
-    const convert = client.code2ProtocolConverter;
-    const params = { textDocument: convert.asVersionedTextDocumentIdentifier(document), range: convert.asRange(range), instruction };
     const options = { location: vscode.ProgressLocation.Notification, title: `pio: ${instruction}`, cancellable: true };
     await vscode.window.withProgress(options, async (_, token) => {
       try {
+        const client = await this.server.running(), convert = client.code2ProtocolConverter;
+        const params = { textDocument: convert.asVersionedTextDocumentIdentifier(document), range: convert.asRange(range), instruction };
         const edit = await client.protocol2CodeConverter.asWorkspaceEdit(await client.sendRequest<WorkspaceEdit>("pio/edit", params, token));
         await this.propose(document, edit?.get(document.uri) ?? []);
       } catch (error) {

@@ -15,8 +15,7 @@ export class ModelProvider implements vscode.LanguageModelChatProvider {
 
   async provideLanguageModelChatResponse(_model: vscode.LanguageModelChatInformation, messages: readonly vscode.LanguageModelChatRequestMessage[],
     _options: unknown, progress: vscode.Progress<vscode.LanguageModelResponsePart>, token: vscode.CancellationToken): Promise<void> {
-    const client = this.server.client;
-    if (!client) throw new Error(this.server.problem ?? "the server is not running yet");
+    const client = await this.server.running();
     const name = `pio-model-${Date.now()}-${Math.random()}`;
     const listener = client.onProgress(new ProgressType<{ delta?: string }>(), name, async report => {
       if (report.delta) progress.report(new vscode.LanguageModelTextPart(report.delta));

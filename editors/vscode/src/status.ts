@@ -33,18 +33,13 @@ export class StatusBar implements vscode.Disposable {
       this.show(`$(loading~spin) pio: ${status.model}${percent}`, `${progress?.stage ?? "load"}: ${progress?.detail ?? status.model}`);
       return this.soon(LOADING);
     }
-    const enabled = vscode.workspace.getConfiguration("pio").get<boolean>("enable", true);
-    const device = status.info?.device ?? "";
-    this.show(`$(${enabled ? "sparkle" : "circle-slash"}) ${status.model} · ${device}${this.speed(status)}`, this.details(status));
+    const rate = tokensPerSecond(status.last), { latency } = this.server;
+    const parts = [status.model, status.info?.device ?? "", rate && `${rate.toFixed(0)} tok/s`, latency !== undefined && `${latency.toFixed(0)} ms`];
+    this.show(`$(${status.enabled ? "sparkle" : "circle-slash"}) ${parts.filter(Boolean).join(" · ")}`, this.details(status));
   }
 
-  private speed({ last }: ServerStatus): string {
-    const rate = tokensPerSecond(last);
-    return rate ? ` · ${rate.toFixed(0)} tok/s` : "";
-  }
-
-  private details({ last, info }: ServerStatus): string {
-    const lines = [info ? `${info.name} on ${info.device_name}, ${info.context} tokens of context` : ""];
+  private details({ last, info, enabled }: ServerStatus): string {
+    const lines = [info ? `${info.name} on ${info.device_name}, ${info.context} tokens of context` : "", enabled ? "" : "Completions are switched off"];
     if (last) {
       lines.push(`Last request: ${last.reason} (${last.source}), ${last.total_ms?.toFixed(0) ?? "?"} ms in the server`);
       if (this.server.latency !== undefined) lines.push(`${this.server.latency.toFixed(0)} ms until VS Code had it`);

@@ -2,7 +2,7 @@
 import { render } from "./markdown.js";
 
 const vscode = acquireVsCodeApi();
-const [log, form, question, send, stop] = ["log", "form", "question", "send", "stop"].map(id => document.getElementById(id));
+const [log, form, controls, question, send, stop] = ["log", "form", "controls", "question", "send", "stop"].map(id => document.getElementById(id));
 let text = "", body, frame;
 
 function button(label, type, value) {
@@ -77,5 +77,6 @@ question.onkeydown = event => {
 };
 stop.onclick = () => vscode.postMessage({ type: "stop" });
 document.getElementById("new").onclick = () => { vscode.postMessage({ type: "new" }); question.focus(); };
+controls.disabled = false;
 question.focus();
 vscode.postMessage({ type: "ready" });
