@@ -10,10 +10,11 @@ from inference_pio.engine.request import (ChatPrompt, ContextChunk, FimPrompt, M
 from inference_pio.engine.stream import StreamStats, TokenStream
 
 if TYPE_CHECKING:
-    from inference_pio.engine.engine import Completion, Engine, EngineInfo, EngineStatus, LoadProgress, Logits
+    from inference_pio.engine.engine import Completion, Engine, Logits
+    from inference_pio.engine.info import EngineInfo, EngineStatus, LoadProgress
     from inference_pio.engine.models import ModelListing, list_models
 
-_LATER = {name: "engine" for name in ("Completion", "Engine", "EngineInfo", "EngineStatus", "LoadProgress", "Logits")}
+_LATER = {name: "engine" for name in ("Completion", "Engine", "Logits")} | {name: "info" for name in ("EngineInfo", "EngineStatus", "LoadProgress")}
 _LATER |= {"ModelListing": "models", "list_models": "models"}
 
 __all__ = ["BadCheckpoint", "ChatPrompt", "Completion", "ContextChunk", "DeviceError", "DownloadFailed", "Engine", "EngineError", "EngineInfo",

@@ -161,6 +161,14 @@ def plan(checkpoint: Checkpoint, backend: Backend, activations: str, memory: int
     return Plan(storage, rounding, cache_dtype, context, pages, page_bytes, states, state_bytes, workspace_bytes)
 
 
+def summary(checkpoint: Checkpoint, backend: Backend, plan: Plan) -> str:
+    """What will be loaded where, in bytes: said before it happens."""
+    weights = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    line = f"{checkpoint.plugin.name} on {backend.device}: weights {_mb(weights)}, {_mb(plan.workspace_bytes)} to compute in, " \
+           f"cache up to {_mb(plan.pages * plan.page_bytes)} ({plan.pages * PAGE_SIZE} tokens)"
+    return line + (f", {plan.states} recurrent states of {_mb(plan.state_bytes)}" if plan.states else "")
+
+
 class _Measure:
     """Stands in for a backend that a workspace is made on: counts the bytes."""
 

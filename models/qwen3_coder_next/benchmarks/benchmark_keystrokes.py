@@ -20,7 +20,7 @@ from time import perf_counter, sleep
 from benchmark_inference import true_config
 from random_weights import RandomExperts
 
-from inference_pio.engine.engine import Engine, EngineInfo
+from inference_pio.engine import Engine, EngineInfo
 from inference_pio.engine.loading import Checkpoint
 from inference_pio.engine.prompts import PromptRenderer
 from inference_pio.engine.request import Priority, SamplingParams, TokenPrompt

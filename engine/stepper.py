@@ -1,0 +1,239 @@
+"""Steps: which sequences get pages, states and a place in the next forward, and what becomes of its result.
+
+Everything here happens on the step thread, except `status`, which may be asked for from any.
+"""
+
+from __future__ import annotations
+
+from time import perf_counter
+
+from inference_pio.engine.checkpoints import Checkpoints
+from inference_pio.engine.errors import EngineError
+from inference_pio.engine.info import EngineInfo, EngineStatus
+from inference_pio.engine.page_pool import PagePool
+from inference_pio.engine.radix_cache import RadixCache
+from inference_pio.engine.runner import MOST_ROWS, PAGE_SIZE, Row, Runner
+from inference_pio.engine.scheduler import Scheduler, Work
+from inference_pio.engine.sequence import Sequence
+from inference_pio.engine.tokenizer import Tokenizer
+from inference_pio.native.backend import DeviceFailed
+
+
+class Stepper:
+    """A model's sequences, pages and recurrent states. boundaries: special tokens that end a segment of a prompt."""
+
+    def __init__(self, runner: Runner, tokenizer: Tokenizer | None, boundaries: frozenset[int], info: EngineInfo, *, reuse: bool):
+        self._runner, self._tokenizer, self._reuse = runner, tokenizer, reuse
+        self._pool = PagePool(info.page_count)
+        slots = PagePool(info.state_count, first=0) if info.state_count else None
+        self._cache = RadixCache(self._pool, PAGE_SIZE, slots)
+        self._checkpoints = Checkpoints(slots, self._cache, boundaries) if slots else None
+        self._scheduler = Scheduler(runner.most_tokens(runner.backend), MOST_ROWS)
+        self._steps = self._reused = self._computed = self._generated = 0
+        self._last_error: str | None = None
+
+    @property
+    def idle(self) -> bool:
+        return not self._scheduler.sequences
+
+    def add(self, sequence: Sequence) -> None:
+        self._scheduler.add(sequence)
+
+    def status(self) -> EngineStatus:
+        sequences = list(self._scheduler.sequences)
+        free, evictable, states = self._pool.free, self._cache.evictable, self._checkpoints
+        cached = self._cache.evictable_checkpoints if states else 0
+        return EngineStatus(
+            waiting=sum(s.waiting_tokens > 1 or not s.started for s in sequences), running=sum(s.started and s.waiting_tokens == 1 for s in sequences),
+            pages_free=free, pages_cached=evictable, pages_in_use=self._pool.usable - free - evictable, steps=self._steps,
+            states_free=states.pool.free if states else 0, states_cached=cached, checkpoints_taken=states.taken if states else 0,
+            states_in_use=states.pool.usable - states.pool.free - cached if states else 0,
+            checkpoints_skipped=states.skipped if states else 0, chunk=self._scheduler.chunk, reused_tokens=self._reused, computed_tokens=self._computed, generated_tokens=self._generated,
+            last_error=self._last_error)
+
+    def clear_cache(self) -> None:
+        """Forget every prefix that no sequence holds."""
+        self._cache.clear()
+
+    def score(self, ids: list[int], chunk: int) -> bytearray:
+        """Logits of a text, f32 [n, v], computed from nothing in steps of `chunk` tokens."""
+        v, needed = self._runner.width, -(-len(ids) // PAGE_SIZE)
+        if self._pool.free < needed:
+            self._cache.evict(needed - self._pool.free)
+        if self._pool.free < needed:
+            raise EngineError("there are no free pages to score in: wait for the requests that run")
+        slot = self._checkpoints.take() if self._checkpoints else None
+        pages, out = [self._pool.take() for _ in range(needed)], bytearray(4 * len(ids) * v)
+        try:
+            for first in range(0, len(ids), chunk):
+                count = min(chunk, len(ids) - first)
+                keep = {} if slot is None else {count - 1: slot}
+                logits = self._runner.forward([Row(ids, first, count, pages, count, slot if first and keep else -1, keep)])
+                self._runner.backend.copy_out_into(memoryview(out)[4 * first * v:4 * (first + count) * v], logits)
+        finally:
+            for page in pages:
+                self._pool.release(page)
+            if slot is not None:
+                self._checkpoints.pool.release(slot)
+        return out
+
+    def end_all(self, error: EngineError | None = None) -> None:
+        """End every sequence: with the error, if the device is lost, else because the engine closes."""
+        for sequence in list(self._scheduler.sequences):
+            if error is None:
+                self._finish(sequence, "closed")
+            else:
+                self._scheduler.remove(sequence)
+                sequence.stream.end("error", error=error)
+        self._last_error = str(error) if error else self._last_error
+
+    # ---- a step ----------------------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """End what is closed or late, then compute the next step. Raises DeviceFailed: nothing can be computed any more."""
+        self._drop_closed()
+        work = self._scheduler.next_step()
+        try:
+            while fresh := [sequence for sequence, _ in work if not sequence.started]:
+                for sequence in fresh:
+                    self._start(sequence)
+                work = self._scheduler.next_step()   # what is reused has changed what is left to do
+            work = [w for w in work if self._provide(w)]
+            work = [w for w in work if w.sequence.started]   # one may have lost its pages to another
+            if work:
+                self._compute(work)
+        except DeviceFailed:
+            raise
+        except Exception as error:   # a defect must not take the server with it
+            for sequence, _ in work:
+                if sequence in self._scheduler.sequences:
+                    self._finish(sequence, "error", EngineError(f"the step failed: {type(error).__name__}: {error}"))
+
+    def _drop_closed(self) -> None:
+        for sequence in list(self._scheduler.sequences):
+            deadline = sequence.params.deadline_ms
+            if sequence.stream.closed:
+                self._finish(sequence, "closed")
+            elif deadline is not None and sequence.stream.elapsed_ms() > deadline:
+                self._finish(sequence, "deadline")
+
+    def _start(self, sequence: Sequence) -> None:
+        """Take over the longest cached prefix. At least one token is computed, because its logits are wanted."""
+        sequence.started = True
+        stats = sequence.stream.stats
+        stats.queued_ms = sequence.stream.elapsed_ms()
+        if not self._reuse:
+            return
+        match = self._cache.match(sequence.ids[:-1])
+        for page in match.pages:
+            self._pool.hold(page)
+        sequence.pages = list(match.pages)
+        sequence.computed = len(match.pages) * PAGE_SIZE
+        if self._checkpoints:
+            self._checkpoints.begin(sequence, match.slot, sequence.computed + match.partial)
+        if match.partial:
+            self._pool.hold(match.partial_page)   # so that making room cannot take it
+            if self._make_room(sequence, 1):
+                own = self._pool.take()
+                self._runner.copy_page(own, match.partial_page)
+                sequence.pages.append(own)
+                sequence.computed += match.partial
+            elif self._checkpoints:               # the state is of no use without the tokens before it
+                self._release(sequence)
+                sequence.computed = 0
+            self._pool.release(match.partial_page)
+        stats.reused_tokens = min(sequence.computed, sequence.prompt_length)
+        stats.recomputed_tokens = min(match.known, sequence.prompt_length) - stats.reused_tokens
+        self._reused += stats.reused_tokens
+
+    def _provide(self, work: Work) -> bool:
+        """Pages for the tokens of this step; False if the sequence cannot go on now."""
+        sequence, count = work
+        needed = -(-(sequence.computed + count) // PAGE_SIZE) - len(sequence.pages)
+        if not self._make_room(sequence, needed) or not self._provide_states(sequence, count):
+            if not any(s.pages for s in self._scheduler.sequences if s is not sequence):
+                self._finish(sequence, "error", EngineError(
+                    f"{sequence.computed + count} tokens do not fit into the cache of {self._pool.usable * PAGE_SIZE}: "
+                    "open the model with more memory or shorten the prompt"))
+            return False
+        sequence.pages += [self._pool.take() for _ in range(needed)]
+        return True
+
+    def _provide_states(self, sequence: Sequence, count: int) -> bool:
+        if self._checkpoints is None:
+            return True
+        while not self._checkpoints.provide(sequence, count):
+            victim = self._scheduler.least_urgent(than=sequence)
+            if victim is None:
+                return False
+            self._preempt(victim)
+        return True
+
+    def _make_room(self, sequence: Sequence, pages: int) -> bool:
+        """Have that many pages free: from the cache first, then from requests that are less urgent, which will begin again."""
+        while self._pool.free < pages:
+            if self._cache.evict(pages - self._pool.free):
+                continue
+            victim = self._scheduler.least_urgent(than=sequence)
+            if victim is None:
+                return False
+            self._preempt(victim)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take everything from a request; it begins again from what the cache still has then."""
+        self._release(sequence)
+        sequence.started, sequence.computed = False, 0
+
+    def _compute(self, work: list[Work]) -> None:
+        begin = perf_counter()
+        # Rows that give logits come first, so that theirs are the first rows of the result.
+        ready = [w for w in work if w.count == w.sequence.waiting_tokens and w.sequence.wants_logits]
+        others = [w for w in work if w not in ready]
+        rows = [Row(s.ids, s.computed, count, s.pages, int(w in ready), *s.keep) for w in ready + others for s, count in (w,)]
+        logits = self._runner.forward(rows)
+        tokens = self._runner.sample(logits, [s for s, _ in ready], self._allowed) if ready else []
+        if not ready:
+            self._runner.backend.synchronize()
+        prompt_tokens = 0
+        for sequence, count in work:
+            new = max(0, min(sequence.prompt_length - sequence.computed, count))
+            sequence.stream.stats.computed_tokens += new
+            prompt_tokens += new
+            if self._checkpoints:
+                self._checkpoints.settle(sequence)
+            sequence.computed += count
+        self._steps += 1
+        self._computed += prompt_tokens
+        self._generated += len(tokens)
+        if prompt_tokens > len(work):
+            self._scheduler.learn(sum(count for _, count in work), perf_counter() - begin)
+        for (sequence, _), token in zip(ready, tokens):
+            if reason := sequence.accept(token):
+                self._finish(sequence, reason)
+        for sequence, _ in others:
+            if sequence.waiting_tokens == 0:
+                self._finish(sequence, "length")
+
+    def _allowed(self, sequence: Sequence) -> bytes | None:
+        return self._tokenizer.allowed(sequence.required, self._runner.mask_words) if sequence.required and self._tokenizer else None
+
+    def _release(self, sequence: Sequence) -> None:
+        """Give the sequence's pages and states to the cache."""
+        if self._reuse and sequence.pages:
+            self._cache.insert(sequence.ids[:sequence.computed], sequence.pages[:-(-sequence.computed // PAGE_SIZE)],
+                               self._checkpoints.finished(sequence) if self._checkpoints else ())
+        if self._checkpoints:
+            self._checkpoints.release(sequence)
+        for page in sequence.pages:
+            self._pool.release(page)
+        sequence.pages = []
+
+    def _finish(self, sequence: Sequence, reason: str, error: EngineError | None = None) -> None:
+        self._scheduler.remove(sequence)
+        self._release(sequence)
+        if error is not None:
+            self._last_error = str(error)
+            sequence.stream.end(reason, error=error)
+        else:
+            sequence.finish(reason)
