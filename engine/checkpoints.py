@@ -1,17 +1,18 @@
 """Recurrent states of sequences: which slots they are in, and at which tokens they are kept for later prompts.
 
-A state is never copied: a step reads one slot and writes another, so keeping a state is not writing over it. A checkpoint is a slot
-that the radix tree holds at a token position; a prefix can be taken up there, and only there.
+On the device a state is never copied: a step reads one slot and writes another, so keeping a state is not writing over it. A checkpoint
+is a slot that the radix tree holds at a token position; a prefix can be taken up there, and only there. When the device has no slot left,
+the checkpoint worth least moves to the host's memory, and comes back when a prompt wants it.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from inference_pio.engine.page_pool import PagePool
-from inference_pio.engine.radix_cache import RadixCache
+from inference_pio.engine.radix_cache import DEVICE, HOST, Checkpoint, RadixCache
 from inference_pio.engine.errors import EngineError
 from inference_pio.engine.sequence import NOTHING, HeldState, Keep, Sequence
 
@@ -19,6 +20,9 @@ SPACING = 512      # tokens between checkpoints in the last NEAR tokens of a pro
 NEAR = 4096
 APART = 32         # an end of a segment closer than this to another mark is not worth a slot
 RECENT = 3         # states of the last tokens of an answer: where it is accepted, the last token is often cut anew
+
+COUNTS = ("states_free", "states_cached", "states_in_use", "host_states_free", "host_states_cached", "checkpoints_taken",
+          "checkpoints_skipped", "checkpoints_saved", "checkpoints_restored", "checkpoints_dropped")   # fields of EngineStatus
 
 
 def marks(length: int, segment_ends: Iterable[int]) -> list[int]:
@@ -39,22 +43,55 @@ def marks(length: int, segment_ends: Iterable[int]) -> list[int]:
 
 
 @dataclass
+class HostTier:
+    """Slots in the host's memory; the copies are between slot numbers (device, host), in the order of the device's work."""
+
+    pool: PagePool
+    save: Callable[[int, int], None]
+    restore: Callable[[int, int], None]
+
+
+@dataclass
 class Checkpoints:
-    """The slots of a model with recurrent layers. boundaries: special tokens that end a segment of a prompt."""
+    """The slots of a model with recurrent layers. boundaries: special tokens that end a segment of a prompt. Counts are since the model
+    was loaded."""
 
     pool: PagePool
     cache: RadixCache
     boundaries: frozenset[int]
-    taken: int = 0          # checkpoints since the model was loaded
+    host: HostTier | None = None
+    taken: int = 0
     skipped: int = 0        # marks for which there was no slot
+    saved: int = 0          # moved to the host's memory
+    restored: int = 0       # brought back from there
+    dropped: int = 0        # given up for others
 
-    def begin(self, sequence: Sequence, slot: int, position: int) -> None:
-        """The sequence starts from a checkpoint behind `position` tokens, or from nothing (slot -1)."""
-        if slot >= 0:
-            self.pool.hold(slot)
-            sequence.states.append(HeldState(position, slot, False))
+    def counts(self) -> dict[str, int]:
+        """By COUNTS. May be asked by any thread."""
+        free, cached, host = self.pool.free, self.cache.evictable_checkpoints(DEVICE), self.host
+        return dict(zip(COUNTS, (
+            free, cached, self.pool.usable - free - cached, host.pool.free if host else 0, self.cache.evictable_checkpoints(HOST) if host else 0,
+            self.taken, self.skipped, self.saved, self.restored, self.dropped), strict=True))
+
+    def begin(self, sequence: Sequence, checkpoint: Checkpoint | None, position: int) -> bool:
+        """The sequence starts from a checkpoint behind `position` tokens, or from nothing. False if there is no slot to bring it to."""
         ends = (index + 1 for index, token in enumerate(sequence.ids) if token in self.boundaries)
         sequence.marks = marks(len(sequence.ids), ends)
+        return checkpoint is None or self._take_up(sequence, checkpoint, position)
+
+    def _take_up(self, sequence: Sequence, checkpoint: Checkpoint, position: int) -> bool:
+        if checkpoint.tier == DEVICE:
+            self.pool.hold(checkpoint.slot)
+            sequence.states.append(HeldState(position, checkpoint.slot, False))
+            return True
+        self.host.pool.hold(checkpoint.slot)   # so that making room cannot take it
+        slot = self._take()
+        if slot is not None:
+            self.host.restore(slot, checkpoint.slot)
+            self.restored += 1
+            sequence.states.append(HeldState(position, slot, True))
+        self.host.pool.release(checkpoint.slot)
+        return slot is not None
 
     def provide(self, sequence: Sequence, count: int) -> bool:
         """Slots for the next `count` tokens. False if there is not even one for the state behind them."""
@@ -101,9 +138,33 @@ class Checkpoints:
         return newest.slot
 
     def _take(self) -> int | None:
-        if not self.pool.free and not self.cache.evict_checkpoint():
-            return None
-        return self.pool.take()
+        return self.pool.take() if self.pool.free or self._make_room() else None
+
+    def _make_room(self) -> bool:
+        """Have a free slot on the device. False if sequences hold them all."""
+        worst = self.cache.worst_checkpoint(DEVICE)
+        if worst is None:
+            return False
+        if worst.gap >= APART and self._host_has_room(worst.worth):   # what is nearer is computed again as fast as it is copied
+            slot = self.host.pool.take()
+            self.host.save(worst.node.checkpoints[worst.offset].slot, slot)
+            self.cache.move_to_host(worst.node, worst.offset, slot)
+            self.saved += 1
+        else:
+            self.cache.drop(worst.node, worst.offset)
+            self.dropped += 1
+        return True
+
+    def _host_has_room(self, worth: float) -> bool:
+        """Whether a checkpoint of this worth can go to the host's memory; one that is worth less makes room."""
+        if self.host is None or self.host.pool.free:
+            return self.host is not None
+        least = self.cache.worst_checkpoint(HOST)
+        if least is None or least.worth >= worth:
+            return False
+        self.cache.drop(least.node, least.offset)
+        self.dropped += 1
+        return True
 
     def take(self) -> int:
         """A slot for the caller alone."""

@@ -49,20 +49,21 @@ class Engine:
 
     @classmethod
     def open(cls, model: str | Path, *, device: str = "auto", weights: str = "auto", activations: str = "auto", memory: int | None = None,
-             context: int | None = None, checkpoints: int | None = None, threads: int = 0, reuse: bool = True,
-             progress: Callable[[LoadProgress], None] | None = None) -> Engine:
+             context: int | None = None, checkpoints: int | None = None, host_checkpoints: int | None = None, threads: int = 0,
+             reuse: bool = True, progress: Callable[[LoadProgress], None] | None = None) -> Engine:
         """Locate (or fetch) and load a model. Raises an EngineError that says what to do.
 
-        model        a plugin's name, a Hugging Face id, a folder or a .gguf file; a folder without a tokenizer takes token ids only
-        device       auto, cpu, cuda or cuda:N
-        weights      auto (as the checkpoint has them); q8 or q4: matrices of floats rounded to 8 or 4 bits, kept on disk
-        activations  how inputs of linear layers are rounded: f32 (exact), bf16, q8 (8-bit integers, for quantised weights), auto
-        memory       bytes for weights and cache; default: what is free
-        context      tokens; default: the model's, up to 8192
-        checkpoints  bytes for kept recurrent states, of models that have such; default: 64 states where memory allows
-        threads      CPU threads; 0: one for each physical core
-        reuse        False computes every prompt anew, to measure what the cache is worth
-        progress     called on this thread, with what is done so far
+        model            a plugin's name, a Hugging Face id, a folder or a .gguf file; a folder without a tokenizer takes token ids only
+        device           auto, cpu, cuda or cuda:N
+        weights          auto (as the checkpoint has them); q8 or q4: matrices of floats rounded to 8 or 4 bits, kept on disk
+        activations      how inputs of linear layers are rounded: f32 (exact), bf16, q8 (8-bit integers, for quantised weights), auto
+        memory           bytes for weights and cache; default: what is free
+        context          tokens; default: the model's, up to 8192
+        checkpoints      bytes for kept recurrent states, of models that have such; default: 64 states where memory allows
+        host_checkpoints bytes of main memory for those that a GPU has no room for; default: up to 2 GB beside a GPU
+        threads          CPU threads; 0: one for each physical core
+        reuse            False computes every prompt anew, to measure what the cache is worth
+        progress         called on this thread, with what is done so far
         """
         report = progress or (lambda _: None)
         located = hub.locate(model, lambda done, total: report(LoadProgress("download", done, total, str(model))))
@@ -70,7 +71,7 @@ class Engine:
         backend = loading.open_backend(device, threads)
         try:
             checkpoint = loading.quantize(checkpoint, weights, backend, lambda done, total: report(LoadProgress("quantize", done, total, str(model))))
-            plan = loading.plan(checkpoint, backend, activations, memory, context, checkpoints)
+            plan = loading.plan(checkpoint, backend, activations, memory, context, checkpoints, host_checkpoints)
             detail = loading.summary(checkpoint, backend, plan)
             runner, weight_bytes = loading.load(checkpoint, backend, plan, lambda done, total: report(LoadProgress("load", done, total, detail)))
         except BaseException:
@@ -158,4 +159,5 @@ def _info(checkpoint: loading.Checkpoint, backend: Backend, plan: loading.Plan, 
         name=checkpoint.plugin.name, architecture=checkpoint.plugin.architectures[0], path=checkpoint.path, device=backend.device,
         device_name=backend.name, build=backend.build, activations=plan.activations.name.lower().replace("q8_0", "q8"),
         context=plan.context, fim=checkpoint.renderer.has_fim, has_tokenizer=checkpoint.tokenizer is not None, weight_bytes=weight_bytes,
-        page_bytes=plan.page_bytes, page_count=plan.pages, page_size=PAGE_SIZE, state_bytes=plan.state_bytes, state_count=plan.states)
+        page_bytes=plan.page_bytes, page_count=plan.pages, page_size=PAGE_SIZE, state_bytes=plan.state_bytes, state_count=plan.states,
+        host_state_count=plan.host_states)

@@ -32,6 +32,7 @@ class EngineInfo:
     page_size: int
     state_bytes: int         # of a recurrent state in all layers; 0: the model has none
     state_count: int         # slots for them: one for each running request, the rest for checkpoints
+    host_state_count: int    # slots for checkpoints in the host's memory
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,17 @@ class EngineStatus:
     states_free: int
     states_cached: int       # checkpoints, held by the cache alone
     states_in_use: int
-    checkpoints_taken: int   # since the model was loaded
+    host_states_free: int
+    host_states_cached: int  # checkpoints in the host's memory
+    checkpoints_taken: int   # since the model was loaded, as all that follow
     checkpoints_skipped: int # for want of a slot
+    checkpoints_saved: int   # moved to the host's memory
+    checkpoints_restored: int # brought back from there
+    checkpoints_dropped: int # for others that are worth more
     steps: int
-    chunk: int               # prompt tokens in a step
-    reused_tokens: int       # totals since the model was loaded
+    reused_tokens: int
     computed_tokens: int
+    recomputed_tokens: int   # of those, known before, but behind the last checkpoint
     generated_tokens: int
+    chunk: int               # prompt tokens in a step, now
     last_error: str | None

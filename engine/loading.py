@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from math import inf, prod
@@ -29,6 +30,7 @@ _MARGIN = 256 << 20          # left to others when the budget is what is free
 _CONTEXTS = 4                # full contexts that the cache holds, if memory allows
 _RUNNING = 4                 # slots for the states of requests that run side by side
 _CHECKPOINTS = 64            # slots for checkpoints, if memory allows
+_HOST_CHECKPOINTS = 2 << 30  # bytes of the host's memory for more of them, beside a GPU
 _ACTIVATIONS = {"f32": DType.F32, "bf16": DType.BF16, "q8": DType.Q8_0}
 
 
@@ -58,6 +60,7 @@ class Plan:
     page_bytes: int
     states: int              # slots for recurrent states; 0: the model has none
     state_bytes: int         # of a slot
+    host_states: int         # slots in the host's memory
     workspace_bytes: int     # activations and scratch of the largest step
 
 
@@ -127,7 +130,7 @@ def quantize(checkpoint: Checkpoint, weights: str, backend: Backend, progress: C
 
 
 def plan(checkpoint: Checkpoint, backend: Backend, activations: str, memory: int | None, context: int | None,
-         checkpoints: int | None) -> Plan:
+         checkpoints: int | None, host_checkpoints: int | None = None) -> Plan:
     """Fits weights and pages into the budget, or OutOfMemory with what would help."""
     quantised = any(t.dtype is not None and t.dtype not in (DType.F32, DType.F16, DType.BF16) for t in checkpoint.tensors.values())
     if activations == "auto":
@@ -158,7 +161,8 @@ def plan(checkpoint: Checkpoint, backend: Backend, activations: str, memory: int
         states = 1 + min(_RUNNING - 1 + wanted, left // 2 // state_bytes)
         left -= (states - 1) * state_bytes
     pages = least + min(left // page_bytes, (_CONTEXTS - 1) * least)
-    return Plan(storage, rounding, cache_dtype, context, pages, page_bytes, states, state_bytes, workspace_bytes)
+    host_states = _host_budget(backend, host_checkpoints) // state_bytes if state_bytes else 0
+    return Plan(storage, rounding, cache_dtype, context, pages, page_bytes, states, state_bytes, host_states, workspace_bytes)
 
 
 def summary(checkpoint: Checkpoint, backend: Backend, plan: Plan) -> str:
@@ -166,7 +170,7 @@ def summary(checkpoint: Checkpoint, backend: Backend, plan: Plan) -> str:
     weights = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     line = f"{checkpoint.plugin.name} on {backend.device}: weights {_mb(weights)}, {_mb(plan.workspace_bytes)} to compute in, " \
            f"cache up to {_mb(plan.pages * plan.page_bytes)} ({plan.pages * PAGE_SIZE} tokens)"
-    return line + (f", {plan.states} recurrent states of {_mb(plan.state_bytes)}" if plan.states else "")
+    return line + (f", {plan.states} + {plan.host_states} recurrent states of {_mb(plan.state_bytes)}" if plan.states else "")
 
 
 class _Measure:
@@ -188,6 +192,15 @@ def _workspace_bytes(checkpoint: Checkpoint, backend: Backend, storage: DType) -
     return measure.nbytes
 
 
+def _host_budget(backend: Backend, wanted: int | None) -> int:
+    """Bytes for checkpoints in the host's memory. On a CPU the device's memory is the host's, and nobody gains by copying."""
+    if wanted is not None:
+        return wanted
+    if backend.kind == "cpu":
+        return 0
+    return min(_HOST_CHECKPOINTS, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4)
+
+
 def load(checkpoint: Checkpoint, backend: Backend, plan: Plan, progress: Callable[[int, int], None]) -> tuple[Runner, int]:
     """(runner, bytes of weights on the device). The checkpoint's files are unmapped when it returns."""
     store = WeightStore(checkpoint.path.name, checkpoint.format, checkpoint.tensors, backend, plan.activations, progress)
@@ -195,7 +208,8 @@ def load(checkpoint: Checkpoint, backend: Backend, plan: Plan, progress: Callabl
         weights = checkpoint.plugin.load(checkpoint.config, store, backend)
         store.finish()
         runner = Runner(backend, checkpoint.plugin, checkpoint.config, weights, storage=plan.storage, cache_dtype=plan.cache_dtype,
-                        pages=plan.pages, slots=plan.states, context=plan.context, vocabulary=checkpoint.tokenizer.vocabulary if checkpoint.tokenizer else 0)
+                        pages=plan.pages, slots=plan.states, host_slots=plan.host_states, context=plan.context,
+                        vocabulary=checkpoint.tokenizer.vocabulary if checkpoint.tokenizer else 0)
     except native.OutOfMemory as error:
         raise OutOfMemory(f"{checkpoint.path.name} does not fit on {backend.device}: {error}. "
                           "Use a smaller --context, a smaller model or --device cpu") from None

@@ -3,7 +3,8 @@
 A node is one page: `tokens` are the ones whose keys and values it holds. Full nodes may have children; a node that is not full is a
 leaf. What a sequence shares of a page that it will write further is copied by the caller ("copy on write").
 
-For a model with recurrent layers, a prefix is usable up to its deepest checkpoint: the slot that holds the state behind some token.
+For a model with recurrent layers, a prefix is usable up to its deepest checkpoint: the slot that holds the state behind some token. Slots
+are of two tiers, on the device and in the host's memory.
 """
 
 from __future__ import annotations
@@ -17,10 +18,14 @@ from typing import NamedTuple
 from inference_pio.engine.page_pool import PagePool
 
 
+DEVICE, HOST = 0, 1   # tiers
+
+
 @dataclass(eq=False)
 class Checkpoint:
     slot: int
     used: int
+    tier: int = DEVICE
 
 
 @dataclass(eq=False)
@@ -34,21 +39,31 @@ class Node:
 
 
 class Match(NamedTuple):
-    """The longest prefix that can be taken up: whole pages, and the first `partial` tokens of one more page. slot: the state behind it,
-    or -1. known: tokens whose keys and values are cached; what of them lies behind the prefix has no state to go on from."""
+    """The longest prefix that can be taken up: whole pages, and the first `partial` tokens of one more page; the state behind it. known:
+    tokens whose keys and values are cached; what of them lies behind the prefix has no state to go on from."""
 
     pages: list[int]
     partial_page: int
     partial: int
     known: int
-    slot: int = -1
+    checkpoint: Checkpoint | None = None
+
+
+class Worst(NamedTuple):
+    """The checkpoint that is worth least: tokens to compute again, by how long it was not used."""
+
+    worth: float
+    gap: int           # tokens from the checkpoint before it
+    node: Node
+    offset: int
 
 
 class RadixCache:
-    """Holds one reference on the page of every node, and one on every checkpoint's slot. slots is None for models without states."""
+    """Holds one reference on the page of every node, and one on every checkpoint's slot. slots: of states on the device, None for models
+    without; host: of states in the host's memory, where there are any."""
 
-    def __init__(self, pool: PagePool, page_size: int, slots: PagePool | None = None):
-        self._pool, self._page_size, self._slots = pool, page_size, slots
+    def __init__(self, pool: PagePool, page_size: int, slots: PagePool | None = None, host: PagePool | None = None):
+        self._pool, self._page_size, self._slots, self._tiers = pool, page_size, slots, (slots, host)
         self._root = Node((), 0, None)
         self._clock = count(1)
         self._nodes: set[Node] = set()
@@ -100,8 +115,9 @@ class RadixCache:
                 continue
             offset, _, node = max(found)
             node.used = node.checkpoints[offset].used = now
-            pages, slot = [n.page for n in path[:depth]], node.checkpoints[offset].slot
-            return Match([*pages, node.page], 0, 0, known, slot) if offset == size else Match(pages, node.page, offset, known, slot)
+            pages, checkpoint = [n.page for n in path[:depth]], node.checkpoints[offset]
+            whole = offset == size
+            return Match([*pages, node.page], 0, 0, known, checkpoint) if whole else Match(pages, node.page, offset, known, checkpoint)
         return Match([], 0, 0, known)
 
     def insert(self, tokens: Sequence[int], pages: Sequence[int], states: Iterable[tuple[int, int]] = ()) -> None:
@@ -121,12 +137,21 @@ class RadixCache:
                 self._pool.hold(page)
             child.used = now
             for offset in range(1, len(part) + 1) if ends else ():
-                if (slot := ends.get(index * size + offset)) is not None and offset not in child.checkpoints:
-                    self._slots.hold(slot)
-                    child.checkpoints[offset] = Checkpoint(slot, now)
+                if (slot := ends.get(index * size + offset)) is not None:
+                    self._keep(child, offset, slot, now)
             if len(part) < size:
                 return
             node = child
+
+    def _keep(self, node: Node, offset: int, slot: int, now: int) -> None:
+        """A state on the device takes the place of its copy in the host's memory."""
+        known = node.checkpoints.get(offset)
+        if known is not None and known.tier == DEVICE:
+            return
+        if known is not None:
+            self.drop(node, offset)
+        self._slots.hold(slot)
+        node.checkpoints[offset] = Checkpoint(slot, now)
 
     def _grow(self, node: Node, part: tuple[int, ...], page: int) -> Node | None:
         """The leaf of the same page, when its sequence has written it further since."""
@@ -148,41 +173,49 @@ class RadixCache:
             del node.parent.children[node.tokens]
             self._nodes.remove(node)
             self._pool.release(node.page)
-            for checkpoint in node.checkpoints.values():
-                self._slots.release(checkpoint.slot)
+            for offset in list(node.checkpoints):
+                self.drop(node, offset)
             dropped += 1
             parent = node.parent
             if parent is not self._root and not parent.children and self._pool.references(parent.page) == 1:
                 heapq.heappush(leaves, (parent.used, id(parent), parent))
         return dropped
 
-    @property
-    def evictable_checkpoints(self) -> int:
-        """Checkpoints that only the tree holds."""
-        return sum(self._slots.references(c.slot) == 1 for node in list(self._nodes) for c in list(node.checkpoints.values()))
+    # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
-    def evict_checkpoint(self) -> bool:
-        """Drop the checkpoint that is worth least: long unused, and cheap to compute again from the one before it."""
-        worst, least = None, 0.0
-        now = next(self._clock)
+    def evictable_checkpoints(self, tier: int) -> int:
+        """Checkpoints of a tier that only the tree holds. May be asked by any thread."""
+        pool = self._tiers[tier]
+        return sum(c.tier == tier and pool.references(c.slot) == 1 for node in list(self._nodes) for c in list(node.checkpoints.values()))
+
+    def worst_checkpoint(self, tier: int) -> Worst | None:
+        """The one to part with: long unused, and cheap to compute again from the one before it. None if sequences hold them all."""
+        now, worst = next(self._clock), None
         for node in self._nodes:
             for offset, checkpoint in node.checkpoints.items():
-                if self._slots.references(checkpoint.slot) > 1:
+                if checkpoint.tier != tier or self._tiers[tier].references(checkpoint.slot) > 1:
                     continue
-                worth = self._gap(node, offset) / (now - checkpoint.used)
-                if worst is None or worth < least:
-                    worst, least = (node, offset), worth
-        if worst is None:
-            return False
-        node, offset = worst
-        self._slots.release(node.checkpoints.pop(offset).slot)
-        return True
+                gap = self._gap(node, offset)
+                worth = gap / (now - checkpoint.used)
+                if worst is None or worth < worst.worth:
+                    worst = Worst(worth, gap, node, offset)
+        return worst
+
+    def drop(self, node: Node, offset: int) -> None:
+        checkpoint = node.checkpoints.pop(offset)
+        self._tiers[checkpoint.tier].release(checkpoint.slot)
+
+    def move_to_host(self, node: Node, offset: int, slot: int) -> None:
+        """The state was copied to a slot in the host's memory, whose reference goes to the tree."""
+        checkpoint = node.checkpoints[offset]
+        self._slots.release(checkpoint.slot)
+        checkpoint.slot, checkpoint.tier = slot, HOST
 
     def drop_checkpoint(self, slot: int) -> None:
+        """Of the device."""
         for node in self._nodes:
-            for offset in [o for o, checkpoint in node.checkpoints.items() if checkpoint.slot == slot]:
-                del node.checkpoints[offset]
-                self._slots.release(slot)
+            for offset in [o for o, c in node.checkpoints.items() if c.slot == slot and c.tier == DEVICE]:
+                self.drop(node, offset)
 
     def _gap(self, node: Node, offset: int) -> int:
         """Tokens between a checkpoint and the one before it on its path."""

@@ -67,7 +67,8 @@ class SamplingParams:
     """How to draw tokens and when to stop. The default is greedy.
 
     `stop` are texts that end the answer and are not part of it. `deadline_ms` counts from submission; when it passes, the answer
-    ends with what there is. `max_tokens` 0 computes the prompt into the cache and answers nothing.
+    ends with what there is. `max_tokens` 0 computes the prompt into the cache and answers nothing. `keep_logits` leaves the logits that
+    the first token was drawn from in the stream.
     """
 
     max_tokens: int = 128
@@ -81,6 +82,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     deadline_ms: float | None = None
+    keep_logits: bool = False
 
     def __post_init__(self) -> None:
         for name, valid, requirement in (

@@ -39,7 +39,7 @@ class Runner:
     """The model with its workspace, cache and batch."""
 
     def __init__(self, backend: Backend, plugin: ModelPlugin, config: Any, weights: Any, *, storage: DType, cache_dtype: DType,
-                 pages: int, slots: int, context: int, vocabulary: int):
+                 pages: int, slots: int, host_slots: int, context: int, vocabulary: int):
         self.backend, self._plugin, self._config, self._weights = backend, plugin, config, weights
         layout = plugin.cache_layout(config)
         self._most_tokens = self.most_tokens(backend)
@@ -47,7 +47,8 @@ class Runner:
         self._pool, kv = backend.kv_cache(layout.layers, pages, layout.g, PAGE_SIZE, layout.p, cache_dtype)
         s, states = layout.states, ()
         if s is not None:
-            _, states = backend.states(s.layers, slots, s.hk, s.hv, s.pk, s.pv, s.taps)
+            self._states, states = backend.states(s.layers, slots, s.hk, s.hv, s.pk, s.pv, s.taps)
+            self._host_states = [backend.host_buffer(s.nbytes) for _ in range(host_slots)]
         self._cache = layout.in_order(kv, states)
         self._page_bytes = layout.g * PAGE_SIZE * layout.p * (4 if cache_dtype == DType.F32 else 2)
         self._planes, self._pages = 2 * layout.layers, pages
@@ -84,6 +85,15 @@ class Runner:
         pitch = self._pages * self._page_bytes
         self.backend.copy_2d(self._pool, out * self._page_bytes, pitch, self._pool, source * self._page_bytes, pitch,
                              self._page_bytes, self._planes)
+
+    def save_state(self, slot: int, host_slot: int) -> None:
+        """Copy a recurrent state of all layers to the host's memory, behind the steps before."""
+        host = self._host_states[host_slot]
+        self.backend.copy_out_async(host, self._states, slot * len(host))
+
+    def restore_state(self, slot: int, host_slot: int) -> None:
+        host = self._host_states[host_slot]
+        self.backend.copy_in_async(self._states, host, slot * len(host))
 
     # ---- the forward pass ------------------------------------------------------------------------------------------------
 
@@ -167,6 +177,10 @@ class Runner:
             ops.restrict_logits(logits, self._allowed if masked else None, self._sampling, self._history, self._lengths, n, self._vocabulary)
         ops.sample(self._ids, None, logits, self._sampling, self._positions, n)
         return list(struct.unpack(f"{n}i", backend.copy_out(self._ids, 4 * n)))
+
+    def row_of(self, logits: Tensor, row: int) -> memoryview:
+        """f32 [v]"""
+        return memoryview(self.backend.copy_out(logits.rows(row, 1))).cast("f")
 
     @property
     def mask_words(self) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from time import perf_counter
 
-from inference_pio.engine.checkpoints import Checkpoints
+from inference_pio.engine.checkpoints import COUNTS, Checkpoints, HostTier
 from inference_pio.engine.errors import EngineError
 from inference_pio.engine.info import EngineInfo, EngineStatus
 from inference_pio.engine.page_pool import PagePool
@@ -26,10 +26,11 @@ class Stepper:
         self._runner, self._tokenizer, self._reuse = runner, tokenizer, reuse
         self._pool = PagePool(info.page_count)
         slots = PagePool(info.state_count, first=0) if info.state_count else None
-        self._cache = RadixCache(self._pool, PAGE_SIZE, slots)
-        self._checkpoints = Checkpoints(slots, self._cache, boundaries) if slots else None
+        host = HostTier(PagePool(info.host_state_count, first=0), runner.save_state, runner.restore_state) if info.host_state_count else None
+        self._cache = RadixCache(self._pool, PAGE_SIZE, slots, host.pool if host else None)
+        self._checkpoints = Checkpoints(slots, self._cache, boundaries, host) if slots else None
         self._scheduler = Scheduler(runner.most_tokens(runner.backend), MOST_ROWS)
-        self._steps = self._reused = self._computed = self._generated = 0
+        self._steps = self._reused = self._computed = self._recomputed = self._generated = 0
         self._last_error: str | None = None
 
     @property
@@ -41,15 +42,13 @@ class Stepper:
 
     def status(self) -> EngineStatus:
         sequences = list(self._scheduler.sequences)
-        free, evictable, states = self._pool.free, self._cache.evictable, self._checkpoints
-        cached = self._cache.evictable_checkpoints if states else 0
+        free, evictable = self._pool.free, self._cache.evictable
+        counts = self._checkpoints.counts() if self._checkpoints else dict.fromkeys(COUNTS, 0)
         return EngineStatus(
             waiting=sum(s.waiting_tokens > 1 or not s.started for s in sequences), running=sum(s.started and s.waiting_tokens == 1 for s in sequences),
             pages_free=free, pages_cached=evictable, pages_in_use=self._pool.usable - free - evictable, steps=self._steps,
-            states_free=states.pool.free if states else 0, states_cached=cached, checkpoints_taken=states.taken if states else 0,
-            states_in_use=states.pool.usable - states.pool.free - cached if states else 0,
-            checkpoints_skipped=states.skipped if states else 0, chunk=self._scheduler.chunk, reused_tokens=self._reused, computed_tokens=self._computed, generated_tokens=self._generated,
-            last_error=self._last_error)
+            chunk=self._scheduler.chunk, reused_tokens=self._reused, computed_tokens=self._computed, recomputed_tokens=self._recomputed,
+            generated_tokens=self._generated, last_error=self._last_error, **counts)
 
     def clear_cache(self) -> None:
         """Forget every prefix that no sequence holds."""
@@ -129,9 +128,10 @@ class Stepper:
             self._pool.hold(page)
         sequence.pages = list(match.pages)
         sequence.computed = len(match.pages) * PAGE_SIZE
-        if self._checkpoints:
-            self._checkpoints.begin(sequence, match.slot, sequence.computed + match.partial)
-        if match.partial:
+        if self._checkpoints and not self._checkpoints.begin(sequence, match.checkpoint, sequence.computed + match.partial):
+            self._release(sequence)               # the state stays where it is, and this request computes it again
+            sequence.computed = 0
+        elif match.partial:
             self._pool.hold(match.partial_page)   # so that making room cannot take it
             if self._make_room(sequence, 1):
                 own = self._pool.take()
@@ -145,6 +145,7 @@ class Stepper:
         stats.reused_tokens = min(sequence.computed, sequence.prompt_length)
         stats.recomputed_tokens = min(match.known, sequence.prompt_length) - stats.reused_tokens
         self._reused += stats.reused_tokens
+        self._recomputed += stats.recomputed_tokens
 
     def _provide(self, work: Work) -> bool:
         """Pages for the tokens of this step; False if the sequence cannot go on now."""
@@ -192,6 +193,9 @@ class Stepper:
         others = [w for w in work if w not in ready]
         rows = [Row(s.ids, s.computed, count, s.pages, int(w in ready), *s.keep) for w in ready + others for s, count in (w,)]
         logits = self._runner.forward(rows)
+        for row, s in enumerate(s for s, _ in ready):
+            if s.params.keep_logits and s.stream.first_logits is None:
+                s.stream.first_logits = self._runner.row_of(logits, row)
         tokens = self._runner.sample(logits, [s for s, _ in ready], self._allowed) if ready else []
         if not ready:
             self._runner.backend.synchronize()

@@ -40,6 +40,7 @@ class TokenStream:
         self._ended = False
         self._error: EngineError | None = None
         self._on_close = on_close
+        self.first_logits: memoryview | None = None   # f32 [v], of SamplingParams.keep_logits
         self._submitted = perf_counter()
         self.closed = False
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from inference_pio.engine import EngineError, EngineInfo, EngineStatus, LoadProgress, Priority, Prompt, SamplingParams, TokenStream
 
 INFO = EngineInfo(
     name="scripted", architecture="Scripted", path=Path("/nowhere"), device="cpu", device_name="none", build="none", activations="f32",
-    context=4096, fim=True, has_tokenizer=True, weight_bytes=0, page_bytes=0, page_count=0, page_size=16, state_bytes=0, state_count=0)
+    context=4096, fim=True, has_tokenizer=True, weight_bytes=0, page_bytes=0, page_count=0, page_size=16, state_bytes=0, state_count=0,
+    host_state_count=0)
 
 
 @dataclass
@@ -84,7 +85,8 @@ class ScriptedEngine:
 
     def status(self) -> EngineStatus:
         running = sum(not a.stream.done for a in self.asked)
-        return EngineStatus(0, running, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, None)
+        nothing = {f.name: 0 for f in fields(EngineStatus)}
+        return EngineStatus(**nothing | {"running": running, "last_error": None})
 
     def close(self) -> None:
         self.closed = True

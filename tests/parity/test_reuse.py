@@ -2,71 +2,161 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from checkpoints import GOLDEN
-from inference_pio.engine import Engine, Priority, SamplingParams, TokenPrompt
+from inference_pio.engine import Engine, Priority, SamplingParams, TokenPrompt, checkpoints
 
-# An edit: (where, how many tokens go, which come). Few different tokens, so that pages of different texts share beginnings.
-EDIT = st.tuples(st.integers(0, 90), st.integers(0, 12), st.lists(st.integers(5, 9), max_size=24))
-SESSION = st.lists(st.tuples(EDIT, st.integers(0, 6), st.sampled_from(list(Priority)), st.booleans()), min_size=1, max_size=12)
+CONTEXT, LONGEST = 160, 120   # tokens of an engine and of a document
+PAGES = CONTEXT // 16 + 2     # the least that an engine loads with: two documents do not fit beside each other
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3"])
+class Small(NamedTuple):
+    """An engine with hardly any room. slots: of recurrent states on the device; host: in the host's memory."""
+
+    model: str
+    slots: int = 0
+    host: int = 0
+
+    def open(self, device: str) -> Engine:
+        with Engine.open(GOLDEN / self.model, device=device, activations="f32", context=CONTEXT) as probe:
+            page, state = probe.info.page_bytes, probe.info.state_bytes
+        weights = sum(f.stat().st_size for f in (GOLDEN / self.model).glob("*.safetensors"))
+        memory = weights + PAGES * page + state + 2 * max(self.slots - 1, 0) * state   # states beyond the first take half of what is left
+        engine = Engine.open(GOLDEN / self.model, device=device, activations="f32", context=CONTEXT, memory=memory,
+                             checkpoints=self.slots * state, host_checkpoints=self.host * state)
+        assert engine.info.state_count == self.slots and engine.info.page_count < 3 * PAGES
+        return engine
+
+
+SMALL = [Small("llama"), Small("qwen3"), Small("qwen3_next", 1), Small("qwen3_next", 2, 2), Small("qwen3_next", 4), Small("qwen3_next", 5, 4)]
+
+
+@pytest.fixture(scope="module", params=SMALL, ids=lambda s: "-".join(map(str, s)))
 def engines(request):
+    """(one with reuse and hardly any room, one without reuse). Checkpoints are as dense in short documents as else in long ones."""
     device = request.config.getoption("--device")
-    small = Engine.open(GOLDEN / request.param, device=device, activations="f32", context=160,
-                        memory={"llama": 520_000, "qwen3": 720_000}[request.param])   # about 14 pages: everything is evicted all the time
-    cold = Engine.open(GOLDEN / request.param, device=device, activations="f32", context=160, reuse=False)
-    with small, cold:
-        yield small, cold
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("SPACING", 24), ("NEAR", 72), ("APART", 4)):
+            patch.setattr(checkpoints, name, value)
+        cold = Engine.open(GOLDEN / request.param.model, device=device, activations="f32", context=CONTEXT, reuse=False)
+        with request.param.open(device) as warm, cold:
+            yield warm, cold
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(session=SESSION)
-def test_warm_equals_cold(engines, session):
-    warm, cold = engines
-    text = [5, 6, 7]
-    for (where, gone, come), tokens, priority, cancel in session:
-        where = min(where, len(text))
-        text = (text[:where] + come + text[where + gone:])[:120] or [5]
-        params = SamplingParams(max_tokens=tokens, ignore_eos=True)
-        if cancel:
-            stream = warm.submit(TokenPrompt(tuple(text)), params, priority)
+class Edit(NamedTuple):
+    """What somebody does before a suggestion is asked for, and how much of it is accepted afterwards."""
+
+    document: int
+    where: int        # per cent of the document
+    gone: int         # tokens deleted
+    come: list[int]   # tokens inserted
+    tokens: int       # of the suggestion
+    accepted: int
+    priority: Priority
+    cancelled: bool   # a request before it, as by a key that was typed over
+    beside: bool      # another document asks at the same time
+
+    def apply(self, text: list[int]) -> list[int]:
+        at = len(text) * self.where // 100
+        return (text[:at] + self.come + text[at + self.gone:])[:LONGEST] or [5]
+
+
+# Few different tokens, so that different texts share beginnings; places often at the end, where people type.
+SESSION = st.lists(st.builds(
+    Edit, st.integers(0, 2), st.one_of(st.just(100), st.integers(0, 100)), st.integers(0, 12), st.lists(st.integers(5, 9), max_size=24),
+    st.integers(0, 6), st.integers(0, 6), st.sampled_from(list(Priority)), st.booleans(), st.booleans()), min_size=1, max_size=10)
+
+
+def ask(engine: Engine, text: list[int], tokens: int, priority: Priority):
+    return engine.submit(TokenPrompt(tuple(text)), SamplingParams(max_tokens=tokens, ignore_eos=True, keep_logits=True), priority)
+
+
+def finish(stream):
+    for _ in stream:
+        pass
+    return stream
+
+
+def check_equal(warm, cold) -> None:
+    assert warm.token_ids == cold.token_ids
+    if cold.first_logits is not None:
+        np.testing.assert_allclose(np.asarray(warm.first_logits), np.asarray(cold.first_logits), atol=1e-4, rtol=0)
+
+
+def check_nothing_lost(engine: Engine) -> None:
+    """free + cached + in use = all, and nothing is in use."""
+    status, info = engine.status(), engine.info
+    assert status.pages_in_use == status.states_in_use == 0
+    assert status.pages_free + status.pages_cached == info.page_count - 1
+    assert status.states_free + status.states_cached == info.state_count
+    assert status.host_states_free + status.host_states_cached == info.host_state_count
+
+
+def play(warm: Engine, cold: Engine, session: list[Edit]) -> None:
+    texts = [[5, 6, 7], [5, 6, 8], [9]]
+    for edit in session:
+        text = texts[edit.document] = edit.apply(texts[edit.document])
+        if edit.cancelled:
+            stream = ask(warm, text, edit.tokens, edit.priority)
             stream.close()
-            for _ in stream:
-                pass
-        found = warm.generate(TokenPrompt(tuple(text)), params, priority)
-        assert found.token_ids == cold.generate(TokenPrompt(tuple(text)), params).token_ids
+            finish(stream)
+        beside = ask(warm, texts[edit.document - 1], 3, Priority.PREFETCH) if edit.beside else None
+        found = finish(ask(warm, text, edit.tokens, edit.priority))
+        if beside is not None:
+            check_equal(finish(beside), finish(ask(cold, texts[edit.document - 1], 3, Priority.CHAT)))
+        check_equal(found, finish(ask(cold, text, edit.tokens, Priority.CHAT)))
         stats = found.stats
         assert stats.reused_tokens + stats.computed_tokens == stats.prompt_tokens == len(text)
-        text += found.token_ids
-    status = warm.status()
-    assert status.pages_in_use == 0
-    assert status.pages_free + status.pages_cached == warm.info.page_count - 1
+        assert stats.computed_tokens > stats.recomputed_tokens >= 0
+        texts[edit.document] = text + list(found.token_ids[:edit.accepted])
+    check_nothing_lost(warm)
+
+
+@given(session=SESSION)
+@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+def test_warm_equals_cold(engines, session):
+    play(*engines, session)
+
+
+@pytest.mark.slow
+@given(session=SESSION)
+@settings(max_examples=20_000, deadline=None, suppress_health_check=list(HealthCheck))
+def test_warm_equals_cold_for_long(engines, session):
+    play(*engines, session)
 
 
 def test_typing_computes_only_what_was_typed(engines):
     warm, _ = engines
     text = [int(x) for x in range(5, 105)]
-    warm.generate(TokenPrompt(tuple(text)), SamplingParams(max_tokens=1, ignore_eos=True))
+    finish(ask(warm, text, 1, Priority.COMPLETION))
     for _ in range(10):
         text.append(7)
-        stats = warm.generate(TokenPrompt(tuple(text)), SamplingParams(max_tokens=1, ignore_eos=True)).stats
-        assert stats.computed_tokens == 1, stats
-    edited = text[:50] + [9] + text[50:]
-    stats = warm.generate(TokenPrompt(tuple(edited)), SamplingParams(max_tokens=1, ignore_eos=True)).stats
-    assert stats.reused_tokens == 50, "reuse is exact to the token, not to the page"
+        stats = finish(ask(warm, text, 1, Priority.COMPLETION)).stats
+        assert (stats.computed_tokens, stats.recomputed_tokens) == (1, 0)
+
+
+def test_an_edit_in_the_middle_computes_what_follows_and_at_most_a_spacing_before(engines):
+    warm, _ = engines
+    warm.clear_cache()
+    text = [int(x) for x in range(5, 105)]
+    finish(ask(warm, text, 1, Priority.COMPLETION))
+    stats = finish(ask(warm, text[:50] + [9] + text[50:], 1, Priority.COMPLETION)).stats
+    if not warm.info.state_count:
+        assert stats.reused_tokens == 50, "reuse is exact to the token, not to the page"
+    elif warm.info.state_count >= 5:
+        assert 50 - checkpoints.SPACING <= stats.reused_tokens == 50 - stats.recomputed_tokens
 
 
 def test_many_at_once_give_what_each_gives_alone(engines):
     warm, cold = engines
-    prompts = [TokenPrompt(tuple((5 + i + t) % 512 for t in range(3 + 5 * i))) for i in range(9)]
-    params = SamplingParams(max_tokens=9, ignore_eos=True)
-    streams = [warm.submit(p, params, Priority(i % 3)) for i, p in enumerate(prompts)]
-    for prompt, stream in zip(prompts, streams):
-        for _ in stream:
-            pass
-        assert stream.token_ids == cold.generate(prompt, params).token_ids
+    prompts = [[(5 + i + t) % 512 for t in range(3 + 5 * i)] for i in range(9)]
+    streams = [ask(warm, p, 9, Priority(i % 3)) for i, p in enumerate(prompts)]
+    for prompt, stream in zip(prompts, streams, strict=True):
+        check_equal(finish(stream), finish(ask(cold, prompt, 9, Priority.CHAT)))
+    check_nothing_lost(warm)

@@ -50,7 +50,7 @@ def open_engine(device: str, config: Config, format: DType, context: int, checkp
     source = RandomExperts(backend, format, DType.BF16 if cuda else DType.Q8_0)
     weights = PLUGIN.load(config, source, backend)
     pages, slots, layout = 4 * (context // PAGE_SIZE) + 2, 4 + checkpoints, PLUGIN.cache_layout(config)
-    runner = Runner(backend, PLUGIN, config, weights, storage=storage, cache_dtype=cache_dtype, pages=pages, slots=slots, context=context, vocabulary=0)
+    runner = Runner(backend, PLUGIN, config, weights, storage=storage, cache_dtype=cache_dtype, pages=pages, slots=slots, host_slots=0, context=context, vocabulary=0)
     renderer = PromptRenderer(PLUGIN.prompts, None, None, "random weights")
     renderer.boundaries = frozenset((PREFIX, SUFFIX, MIDDLE))
     where = Path("random weights")
@@ -58,7 +58,7 @@ def open_engine(device: str, config: Config, format: DType, context: int, checkp
         name=PLUGIN.name, architecture=PLUGIN.architectures[0], path=where, device=backend.device, device_name=backend.name, build=backend.build,
         activations="bf16" if cuda else "q8", context=context, fim=True, has_tokenizer=False, weight_bytes=source.nbytes,
         page_bytes=Runner.page_bytes(PLUGIN, config, cache_dtype), page_count=pages, page_size=PAGE_SIZE, state_bytes=layout.states.nbytes,
-        state_count=slots)
+        state_count=slots, host_state_count=0)
     return Engine(runner, Checkpoint(where, PLUGIN, config, {}, "safetensors", None, renderer, context), info, reuse=True)
 
 
