@@ -160,7 +160,7 @@ def plan(checkpoint: Checkpoint, backend: Backend, activations: str, memory: int
         wanted = _CHECKPOINTS if checkpoints is None else checkpoints // state_bytes
         states = 1 + min(_RUNNING - 1 + wanted, left // 2 // state_bytes)
         left -= (states - 1) * state_bytes
-    pages = least + min(left // page_bytes, (_CONTEXTS - 1) * least)
+    pages = least + min(left // max(page_bytes, 1), (_CONTEXTS - 1) * least)   # recurrent layers alone have no pages
     host_states = _host_budget(backend, host_checkpoints) // state_bytes if state_bytes else 0
     return Plan(storage, rounding, cache_dtype, context, pages, page_bytes, states, state_bytes, host_states, workspace_bytes)
 

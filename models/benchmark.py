@@ -16,6 +16,7 @@ from time import perf_counter
 from typing import Any
 
 from inference_pio.models.contract import ModelPlugin, Rows
+from inference_pio.native import ops
 from inference_pio.native.backend import Backend, Batch, Tensor, Weight
 from inference_pio.native.bandwidth import read_bandwidth
 from inference_pio.native.dtype import BLOCKS, DType, row_bytes
@@ -118,8 +119,8 @@ class Bench:
             self.backend.copy_in(tensor, array("i", values))
         self.batch.resize(n, b, logits)
 
-    def forward(self) -> None:
-        self.plugin.forward(self.config, self.weights, self.workspace, self.batch, self.cache)
+    def forward(self) -> Tensor:
+        return self.plugin.forward(self.config, self.weights, self.workspace, self.batch, self.cache)
 
     def decode(self, b: int, context: int, steps: int) -> tuple[float, float]:
         """(seconds of a step, seconds of the host's part of it), medians of five rounds."""
@@ -139,16 +140,19 @@ class Bench:
         return median(r[0] for r in rounds), median(r[1] for r in rounds)
 
     def prompt(self, first: int, count: int, rounds: int = 5) -> float:
-        """Seconds to compute `count` tokens behind `first` cached ones and the logits of the last."""
-        times = []
+        """Seconds to compute `count` tokens behind `first` cached ones and to draw the next, until the host has it."""
+        times, v = [], self.workspace.logits.shape[1]
+        drawn, greedy, position = (self.backend.tensor(shape, dtype) for shape, dtype in (((1,), DType.I32), ((1, 32), DType.U8), ((1,), DType.I32)))
         for _ in range(rounds + 1):
             self.backend.synchronize()
             start = perf_counter()
             for at in range(0, count, self.most):
                 part = min(self.most, count - at)
                 self.place(1, first + at, part, 1)
-                self.forward()
-            self.backend.synchronize()
+                logits = self.forward()
+            ops.sample(drawn, None, logits, greedy, position, 1)
+            if not 0 <= int.from_bytes(self.backend.copy_out(drawn), "little") < v:
+                raise RuntimeError("the drawn token is outside the vocabulary")
             times.append(perf_counter() - start)
         return median(times[1:])
 
@@ -196,5 +200,5 @@ def _text(r: dict[str, Any]) -> str:
               f"{d['bytes_read'] / d['step_ms'] / 1e6:.1f} GB/s = {d['share_of_bandwidth']:.2f} of the bandwidth; host {d['host_us']:.1f} us" for d in r["decode"]]
     p, x = r["prefill"], r["append"]
     lines.append(f"prefill {p['tokens']} tokens: {p['tokens_per_second']:.0f} tok/s, {p['ms']:.1f} ms")
-    lines.append(f"append  {x['tokens']} tokens behind {x['cached']} cached: {x['ms']:.2f} ms to the logits")
+    lines.append(f"append  {x['tokens']} tokens behind {x['cached']} cached: {x['ms']:.2f} ms to the first token")
     return "\n".join(lines)

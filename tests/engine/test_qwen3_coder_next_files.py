@@ -249,3 +249,9 @@ def test_a_context_longer_than_the_pages_allow_is_refused(tmp_path, arrays):
         Engine.open(path, device="cpu", activations="f32", memory=weights + (1 << 18))
     with Engine.open(path, device="cpu", activations="f32", checkpoints=0) as engine:
         assert engine.info.state_count == 4 and engine.status().states_free == 4
+
+
+def test_recurrent_layers_alone_need_no_pages(tmp_path, arrays):
+    few = {name: a for name, a in arrays.items() if not any(f"layers.{layer}." in name for layer in range(2, LAYERS))}
+    result = logits(write_safetensors(tmp_path / "m", CONFIG | {"num_hidden_layers": 2}, plain(few)))
+    assert np.isfinite(result).all() and result.std() > 0
