@@ -111,12 +111,13 @@ class Key:
     first_ms: float
     computed: int      # tokens of the prompt
     recomputed: int    # of those, tokens before the edit: from the checkpoint on
+    token_ms: float    # of each token behind the first
 
 
 def ask(engine: Engine, kind: str, prompt: TokenPrompt, tokens: int) -> tuple[Key, tuple[int, ...]]:
     answer = engine.generate(prompt, SamplingParams(max_tokens=tokens, ignore_eos=True), Priority.COMPLETION)
     s = answer.stats
-    return Key(kind, s.first_token_ms, s.computed_tokens, s.recomputed_tokens), answer.token_ids
+    return Key(kind, s.first_token_ms, s.computed_tokens, s.recomputed_tokens, (s.total_ms - s.first_token_ms) / max(1, tokens - 1)), answer.token_ids
 
 
 def measure(engine: Engine, session: Session, rounds: int, tokens: int, pause: float, cold: int) -> tuple[list[Key], list[Key]]:
@@ -147,7 +148,7 @@ def report(warm: list[Key], cold: list[Key], length: int) -> dict:
     typing = spread([k.first_ms for k in warm if k.kind in KINDS[:3]])
     nothing = spread([k.first_ms for k in cold])
     return {"prompt_tokens": length, "kinds": kinds, "typing_ms": typing, "cold": {"keys": len(cold), "first_token_ms": nothing},
-            "p99_over_p50": typing["p99"] / typing["p50"], "warm_over_cold": typing["p50"] / nothing["p50"]}
+            "token_ms": spread([k.token_ms for k in warm]), "p99_over_p50": typing["p99"] / typing["p50"], "warm_over_cold": typing["p50"] / nothing["p50"]}
 
 
 def show(r: dict) -> None:
@@ -158,7 +159,8 @@ def show(r: dict) -> None:
     for kind, k in r["kinds"].items():
         row(kind, k["keys"], k["first_token_ms"], *(f"{k[name]['p50']}/{k[name]['max']}" for name in ("computed", "recomputed")))
     row("without reuse", r["cold"]["keys"], r["cold"]["first_token_ms"], str(r["prompt_tokens"]), "")
-    print(f"typing: p50 {r['typing_ms']['p50']:.2f} ms, p99 {r['p99_over_p50']:.2f} times that; warm/cold {r['warm_over_cold']:.3f}")
+    print(f"typing: p50 {r['typing_ms']['p50']:.2f} ms, p99 {r['p99_over_p50']:.2f} times that; warm/cold {r['warm_over_cold']:.3f}; "
+          f"a token behind the first: p50 {r['token_ms']['p50']:.3f} ms")
 
 
 def main(argv: list[str] | None = None) -> dict:
