@@ -59,8 +59,16 @@ def arrays(rng):
             for name, shape in shapes().items()}
 
 
+DEVICE = ["cpu"]
+
+
+@pytest.fixture(autouse=True)
+def device(request):
+    DEVICE[0] = request.config.getoption("--device")
+
+
 def logits(path, **options):
-    with Engine.open(path, device="cpu", activations="f32", **options) as engine:
+    with Engine.open(path, device=DEVICE[0], activations="f32", **options) as engine:
         result = engine.score(IDS)
         return np.array(result.data).reshape(result.shape)
 

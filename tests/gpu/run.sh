@@ -66,7 +66,8 @@ fi
 if ((tests)); then
     beside=$("$python" -c 'import xdist' 2>/dev/null && echo "-n 8")
     check native "$python" -m pytest tests/native -q -p no:cacheprovider --device cuda $beside
-    check parity "$python" -m pytest tests/parity -q -p no:cacheprovider --device cuda --deselect tests/parity/test_smollm2.py $beside
+    check parity "$python" -m pytest tests/parity tests/engine/test_checkpoints.py tests/engine/test_qwen3_coder_next_files.py -q -p no:cacheprovider \
+        --device cuda --deselect tests/parity/test_smollm2.py $beside
 fi
 if ((sanitize)); then
     for tool in memcheck racecheck initcheck; do
