@@ -9,7 +9,7 @@ from pathlib import Path
 from inference_pio.engine import hub, loading
 from inference_pio.engine.errors import EngineError
 from inference_pio.engine.info import EngineInfo, EngineStatus, LoadProgress
-from inference_pio.engine.request import Priority, Prompt, SamplingParams
+from inference_pio.engine.request import FimPrompt, Priority, Prompt, SamplingParams
 from inference_pio.engine.runner import PAGE_SIZE, SCORED_ROWS, Runner
 from inference_pio.engine.sequence import Sequence
 from inference_pio.engine.step_thread import StepThread
@@ -105,6 +105,10 @@ class Engine:
         stop = self._renderer.fim_stop_ids if self.info.fim else self._renderer.stop_ids
         self._thread.submit(Sequence(ids, params, priority, stream, stop, self._tokenizer, required))
         return stream
+
+    def prompt_text(self, prompt: FimPrompt) -> str:
+        """What the model sees of it, special tokens by name: to be shown to people."""
+        return self._renderer.text(prompt)
 
     def generate(self, prompt: Prompt, params: SamplingParams = SamplingParams(), priority: Priority = Priority.CHAT) -> Completion:
         """Answer and wait for the end."""

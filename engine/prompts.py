@@ -47,19 +47,32 @@ class PromptRenderer:
             return self._template.render(tokenizer, prompt.messages, variables), b""
         return self._fill(prompt, tokenizer)
 
+    def text(self, prompt: FimPrompt) -> str:
+        """What the model sees, its special tokens by name."""
+        return "".join(name or text for name, text in self._pieces(prompt))
+
     def _fill(self, prompt: FimPrompt, tokenizer: Tokenizer) -> tuple[list[int], bytes]:
+        *before, (name, last) = self._pieces(prompt)
+        ids = [i for special, text in before for i in ([tokenizer.special[special]] if special else tokenizer.encode(text))]
+        # Healing stays behind the last special token, so that it can only take back what stands at the cursor.
+        special = tokenizer.special[before[-1][0]] if before and before[-1][0] else None
+        if special is None:
+            return tokenizer.heal(ids + tokenizer.encode(last))
+        middle, required = tokenizer.heal([special, *tokenizer.encode(last)])
+        return ids + middle[1:], required
+
+    def _pieces(self, prompt: FimPrompt) -> list[tuple[str, str]]:
+        """(name of a special token, "") or ("", text), in order; the last is the text before the cursor."""
         fim = self._prompts.fim
         if fim is None:
             context = "".join(f"{chunk.path}\n{chunk.text}\n\n" for chunk in prompt.context)
-            return tokenizer.heal(tokenizer.encode(context + prompt.prefix + prompt.middle))
-        special, encode, ids = tokenizer.special, tokenizer.encode, []
+            return [("", context + prompt.prefix + prompt.middle)]
+        pieces: list[tuple[str, str]] = []
         if prompt.context and fim.file is not None:
             if fim.repository is not None:
-                ids += [special[fim.repository], *encode((prompt.repository or "repository") + "\n")]
+                pieces += [(fim.repository, ""), ("", (prompt.repository or "repository") + "\n")]
             for chunk in prompt.context:
-                ids += [special[fim.file], *encode(f"{chunk.path}\n{chunk.text}\n")]
-            ids += [special[fim.file], *encode((prompt.path or "file") + "\n")]
+                pieces += [(fim.file, ""), ("", f"{chunk.path}\n{chunk.text}\n")]
+            pieces += [(fim.file, ""), ("", (prompt.path or "file") + "\n")]
         # The beginning of the middle stands behind the middle token: typing only appends, and what stands before stays cached.
-        ids += [special[fim.prefix], *encode(prompt.prefix), special[fim.suffix], *encode(prompt.suffix), special[fim.middle]]
-        middle, required = tokenizer.heal([special[fim.middle], *encode(prompt.middle)])
-        return ids + middle[1:], required
+        return [*pieces, (fim.prefix, ""), ("", prompt.prefix), (fim.suffix, ""), ("", prompt.suffix), (fim.middle, ""), ("", prompt.middle)]

@@ -7,7 +7,7 @@ import asyncio
 from dataclasses import dataclass, replace
 from time import perf_counter
 
-from inference_pio.engine import EngineError, TokenStream
+from inference_pio.engine import EngineError, FimPrompt, TokenStream
 from inference_pio.lsp_server.documents import Document
 from inference_pio.lsp_server.trim import Place, Trimmed, block_ended, trim
 
@@ -37,10 +37,10 @@ class Cursor:
 
 class Generation:
     """Reads `stream` to its end, or until nothing further could be shown. `owner` is the number of the request that waits for it; None
-    while nobody has asked yet."""
+    while nobody has asked yet. `prefetched`: begun for a document that was not there yet."""
 
-    def __init__(self, cursor: Cursor, stream: TokenStream, owner: int | None, prompt: str) -> None:
-        self.cursor, self.stream, self.owner, self.prompt = cursor, stream, owner, prompt
+    def __init__(self, cursor: Cursor, stream: TokenStream, owner: int | None, prompt: FimPrompt, prefetched: bool = False) -> None:
+        self.cursor, self.stream, self.owner, self.prompt, self.prefetched = cursor, stream, owner, prompt, prefetched
         self.text = ""                         # raw, so far
         self.tokens_per_second: float | None = None   # behind the first piece
         self.result: Trimmed | None = None     # at the end: what may be shown at `cursor`

@@ -25,13 +25,15 @@ class PromptBuilder:
         self._anchors: dict[str, tuple[str, int]] = {}   # uri -> (text before the anchor, its offset)
         self._windows: dict[str, Windows] = {}
 
-    def build(self, document: Document, offset: int, budget: int, fim: bool, context: tuple[ContextChunk, ...] = ()) -> FimPrompt:
-        """A prompt of about `budget` tokens at most. Without fim only what stands before the cursor is used."""
+    def build(self, document: Document, offset: int, budget: int, fim: bool, context: tuple[ContextChunk, ...] = (),
+              remember: bool = True) -> FimPrompt:
+        """A prompt of about `budget` tokens at most. Without fim only what stands before the cursor is used. remember: False for a
+        document that may never be; later prompts will be what they would have been without it."""
         characters = max(budget * _CHARACTERS, 64)
         after = int(characters * _SUFFIX_SHARE) if fim else 0
         text = document.text
-        start = self._windows.setdefault(document.uri, Windows()).start(text, offset, characters - after)
-        anchor = self._anchor(document, offset, start) if fim else start
+        start = self._windows.setdefault(document.uri, Windows()).start(text, offset, characters - after, remember)
+        anchor = self._anchor(document, offset, start, remember) if fim else start
         return FimPrompt(prefix=text[start:anchor], middle=text[anchor:offset], suffix=_head(text, offset, after), context=context,
                          path=document.uri.rsplit("/", 1)[-1])
 
@@ -39,12 +41,13 @@ class PromptBuilder:
         self._anchors.pop(uri, None)
         self._windows.pop(uri, None)
 
-    def _anchor(self, document: Document, offset: int, start: int) -> int:
+    def _anchor(self, document: Document, offset: int, start: int, remember: bool) -> int:
         text = document.text
         known, anchor = self._anchors.get(document.uri, ("", -1))
         if not (start <= anchor <= offset <= anchor + _MIDDLE and text.startswith(known)):
             anchor = max(document.starts[document.position(offset, "utf-32")[0]], start)
-            self._anchors[document.uri] = text[:anchor], anchor
+            if remember:
+                self._anchors[document.uri] = text[:anchor], anchor
         return anchor
 
 
@@ -58,7 +61,7 @@ class Windows:
     def __init__(self) -> None:
         self._known: list[tuple[int, str]] = []   # (offset, text there), the one used last first
 
-    def start(self, text: str, offset: int, size: int) -> int:
+    def start(self, text: str, offset: int, size: int, remember: bool = True) -> int:
         """Where to begin for a cursor at `offset`, at most `size` characters before it."""
         known = [(at, head) for start, head in self._known if (at := _find(text, start, head)) is not None]
         fitting = (w for w in known if w[0] <= offset <= w[0] + size and (w[0] == 0 or offset - w[0] >= size // _LEAST_SHOWN))
@@ -66,7 +69,8 @@ class Windows:
         if chosen is None:
             start = _line_start(text, offset, size)
             chosen = start, text[start:start + _HEAD]
-        self._known = [chosen, *(w for w in known if w[0] != chosen[0])][:_KEPT]
+        if remember:
+            self._known = [chosen, *(w for w in known if w[0] != chosen[0])][:_KEPT]
         return chosen[0]
 
 

@@ -15,7 +15,7 @@ from inference_pio.engine import EngineError
 from inference_pio.lsp_server.features.chat import chat
 from inference_pio.lsp_server.features.code_action import ASK, REWRITE, actions
 from inference_pio.lsp_server.features.edit import edit
-from inference_pio.lsp_server.features.inline_completion import begin_ahead, complete
+from inference_pio.lsp_server.features.inline_completion import begin_ahead, complete, prefetch
 from inference_pio.lsp_server.features.status import explain, models, status
 from inference_pio.lsp_server.generation import Cursor
 from inference_pio.lsp_server.protocol import Protocol, claim_stdout
@@ -187,6 +187,8 @@ class Server(LanguageServer):
 
     async def _inline_completion(self, cursor: Cursor | None, position: types.Position, explicit: bool) -> types.InlineCompletionList:
         text = await complete(self.session, cursor, explicit) if cursor else ""
+        if text:
+            self._start(prefetch(self.session, cursor, text))
         here = types.Range(start=position, end=position)   # without one, editors disagree about what is replaced
         return types.InlineCompletionList(items=[types.InlineCompletionItem(insert_text=text, range=here)] if text else [])
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from inference_pio.engine import EngineError
+from inference_pio.engine import EngineError, FimPrompt
 from inference_pio.lsp_server.context import Privacy
 from inference_pio.lsp_server.documents import Document, Documents
 from inference_pio.lsp_server.generation import Cursor, Generation
@@ -41,7 +41,7 @@ class LastRequest:
     reason: str                      # shown, or why not
     source: str = "none"             # model, type-through, adopted
     rule: str | None = None          # the trimming rule that left nothing
-    prompt: str | None = None
+    prompt: FimPrompt | None = None
     stats: dict[str, Any] = field(default_factory=dict)
     first_token_ms: float | None = None     # both since the request came in; None: no token was generated
     total_ms: float | None = None
@@ -67,6 +67,8 @@ class Session:
         self.latest: dict[str, int] = {}                 # uri -> number of its newest request
         self.asked: dict[str, Document] = {}             # uri -> the document as it was when the newest request came
         self.generations: dict[str, Generation] = {}     # uri -> what is being written for it
+        self.prefetched: dict[str, Generation] = {}      # uri -> what follows the suggestion on the screen, should it be accepted
+        self.prefetches = self.prefetch_hits = 0         # begun, and of those, wanted in the end
         self.workers = ThreadPoolExecutor(4, thread_name_prefix="pio-worker")
         self._open, self._reuse = open_engine, reuse
         self._loading: asyncio.Task | None = None
@@ -90,6 +92,7 @@ class Session:
         loop, s = asyncio.get_running_loop(), self.settings
         self.loaded.clear()
         self.error = None
+        self._stop_all()
         engine, self.engine = self.engine, None
         if engine is not None:
             await self.in_worker(engine.close)
@@ -113,8 +116,7 @@ class Session:
         on_progress(progress)
 
     def close(self) -> None:
-        for generation in self.generations.values():
-            generation.stop()
+        self._stop_all()
         if self.engine is not None:
             self.engine.close()
         self.workers.shutdown(wait=False, cancel_futures=True)
@@ -130,16 +132,23 @@ class Session:
 
     def keep(self, now: Cursor) -> Generation | None:
         """What is being written for the document, if it agrees with the document as it is now; anything else stops within a step."""
-        generation = self.generations.get(now.document.uri)
+        uri = now.document.uri
+        generation, ahead = self.generations.get(uri), self.prefetched.get(uri)
         if generation is not None and generation.agrees(now):
             return generation
-        self.stop(now.document.uri)
+        self.stop(uri)
+        if ahead is not None and ahead.agrees(now):   # the suggestion was accepted
+            self.generations[uri] = self.prefetched.pop(uri)
+            return ahead
+        if ahead is not None and now.typed_since(ahead.cursor) is None:
+            self.stop_prefetch(uri)
         return None
 
     def stop(self, uri: str) -> None:
-        generation = self.generations.pop(uri, None)
-        if generation is not None:
-            generation.stop()
+        _stop(self.generations, uri)
+
+    def stop_prefetch(self, uri: str) -> None:
+        _stop(self.prefetched, uri)
 
     def is_latest(self, uri: str, number: int) -> bool:
         return self.latest.get(uri) == number
@@ -149,6 +158,18 @@ class Session:
         self.latest[uri] = self.latest.get(uri, 0) + 1
         self.asked.pop(uri, None)
         self.stop(uri)
+        self.stop_prefetch(uri)
         self.suggestions.forget(uri)
         self.prompts.forget(uri)
         self.documents.close(uri)
+
+    def _stop_all(self) -> None:
+        for running in (self.generations, self.prefetched):
+            for uri in list(running):
+                _stop(running, uri)
+
+
+def _stop(running: dict[str, Generation], uri: str) -> None:
+    generation = running.pop(uri, None)
+    if generation is not None:
+        generation.stop()

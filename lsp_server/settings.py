@@ -30,6 +30,7 @@ class Settings:
     chat_tokens: int = _setting(1024, "Longest answer in the chat, in tokens.", least=1, most=1 << 16)
     multiline: bool = _setting(True, "Suggest whole blocks; off: the rest of the line.")
     prefill: bool = _setting(True, "Begin to write at the key, before the editor asks for a completion.")
+    prefetch: bool = _setting(True, "While a suggestion is shown, write what would follow it if it were accepted.")
     temperature: float = _setting(0.0, "0 always takes the likeliest token.", least=0.0, most=5.0)
     context_files: bool = _setting(True, "Show the model parts of other open files, where it was trained for that.")
     secrets: bool = _setting(False, "Complete in files that may hold secrets (.env, keys) and in ignored files, too.")

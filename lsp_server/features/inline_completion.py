@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import asdict
-from functools import partial
 
 from inference_pio.engine import EngineError, FimPrompt, Priority, SamplingParams, TokenStream
 from inference_pio.lsp_server.context import chunks
-from inference_pio.lsp_server.documents import Document
 from inference_pio.lsp_server.generation import Cursor, Generation
 from inference_pio.lsp_server.session import LastRequest, Session
 from inference_pio.lsp_server.suggestions import Suggestion
@@ -59,21 +57,21 @@ async def _complete(session: Session, cursor: Cursor, explicit: bool, last: Last
         return ""
 
 
-def build_prompt(session: Session, document: Document, offset: int) -> FimPrompt:
-    """May read other documents and ask git: not for the event loop."""
-    fim, s = session.engine is not None and session.engine.info.fim, session.settings
+def build_prompt(session: Session, cursor: Cursor, remember: bool = True) -> FimPrompt:
+    """May read other documents and ask git: not for the event loop. remember: see PromptBuilder."""
+    fim, s, document = session.engine is not None and session.engine.info.fim, session.settings, cursor.document
     context = chunks(document, session.documents.recent(), session.privacy, s.secrets) if fim and s.context_files else ()
-    return session.prompts.build(document, offset, s.prompt_tokens, fim, context)
+    return session.prompts.build(document, cursor.offset, s.prompt_tokens, fim, context, remember)
 
 
 async def _generate(session: Session, cursor: Cursor, number: int, last: LastRequest) -> str:
     """Take over what is being written, if it agrees with what was typed; else begin anew."""
     generation = session.keep(cursor)
     if generation is not None and not _waits_behind_others(session, generation):
-        last.source, generation.owner = "adopted", number
+        last.source, generation.owner = _source(session, generation), number
         if (text := await _await(session, generation, cursor, number, last)) is not None:
             return text
-    prompt = await session.in_worker(partial(build_prompt, session, cursor.document, cursor.offset))
+    prompt = await session.in_worker(build_prompt, session, cursor)
     if not session.is_latest(cursor.document.uri, number):
         return ""
     generation = await _begin(session, cursor, prompt, number, Priority.COMPLETION)
@@ -82,6 +80,14 @@ async def _generate(session: Session, cursor: Cursor, number: int, last: LastReq
         return ""
     last.source = "model"
     return await _await(session, generation, cursor, number, last) or ""
+
+
+def _source(session: Session, generation: Generation) -> str:
+    if not generation.prefetched:
+        return "adopted"
+    generation.prefetched = False   # a hit counts once
+    session.prefetch_hits += 1
+    return "prefetch"
 
 
 def _waits_behind_others(session: Session, generation: Generation) -> bool:
@@ -94,19 +100,27 @@ def _waits_behind_others(session: Session, generation: Generation) -> bool:
 
 async def _begin(session: Session, cursor: Cursor, prompt: FimPrompt, owner: int | None, priority: Priority) -> Generation | None:
     """Start to write. None if there is nothing to continue, or something newer came meanwhile."""
-    if not (prompt.prefix + prompt.middle + prompt.suffix + "".join(c.text for c in prompt.context)).strip():
+    if not _says_anything(prompt):
         return None
-    uri, place, s = cursor.document.uri, cursor.place, session.settings
+    uri = cursor.document.uri
     number = session.latest.get(uri, 0)
-    stop = () if s.multiline and not place.after.strip(")]}>,; \t\"'`") else ("\n",)
-    params = SamplingParams(max_tokens=s.max_tokens, temperature=s.temperature, deadline_ms=float(s.deadline_ms), stop=stop)
-    stream = await _submit(session, prompt, params, priority)
+    stream = await _submit(session, prompt, _params(session, cursor), priority)
     if session.latest.get(uri, 0) != number:
         stream.close()
         return None
     session.stop(uri)
-    generation = session.generations[uri] = Generation(cursor, stream, owner, prompt.prefix + prompt.middle)
+    generation = session.generations[uri] = Generation(cursor, stream, owner, prompt)
     return generation
+
+
+def _says_anything(prompt: FimPrompt) -> bool:
+    return bool((prompt.prefix + prompt.middle + prompt.suffix + "".join(c.text for c in prompt.context)).strip())
+
+
+def _params(session: Session, cursor: Cursor) -> SamplingParams:
+    s = session.settings
+    stop = () if s.multiline and not cursor.place.after.strip(")]}>,; \t\"'`") else ("\n",)
+    return SamplingParams(max_tokens=s.max_tokens, temperature=s.temperature, deadline_ms=float(s.deadline_ms), stop=stop)
 
 
 async def _submit(session: Session, prompt: FimPrompt, params: SamplingParams, priority: Priority) -> TokenStream:
@@ -173,8 +187,31 @@ async def begin_ahead(session: Session, cursor: Cursor) -> None:
     try:
         if not s.secrets and await session.in_worker(session.privacy.reason, uri):
             return
-        prompt = await session.in_worker(partial(build_prompt, session, cursor.document, cursor.offset))
+        prompt = await session.in_worker(build_prompt, session, cursor)
         if session.latest.get(uri, 0) == number and session.documents.get(uri) is cursor.document:
             await _begin(session, cursor, prompt, None, Priority.PREFETCH)
     except EngineError:
         pass   # the request itself will meet the same error and report it
+
+
+async def prefetch(session: Session, cursor: Cursor, shown: str) -> None:
+    """While a suggestion stands on the screen, write what would follow it. Gives way to everything else, and stops when anything but
+    the suggestion is typed."""
+    uri, document = cursor.document.uri, cursor.document
+    accepted = Cursor(document.edited(cursor.offset, cursor.offset, shown, document.version), cursor.offset + len(shown))
+    known = session.prefetched.get(uri)
+    if not session.settings.prefetch or session.engine is None or known is not None and known.agrees(accepted):
+        return
+    session.stop_prefetch(uri)
+    try:
+        prompt = await session.in_worker(build_prompt, session, accepted, False)
+        if session.documents.get(uri) is not document or not _says_anything(prompt):
+            return
+        stream = await _submit(session, prompt, _params(session, accepted), Priority.PREFETCH)
+    except EngineError:
+        return   # a request will meet the same error and report it
+    if session.documents.get(uri) is not document or uri in session.prefetched:
+        stream.close()
+        return
+    session.prefetches += 1
+    session.prefetched[uri] = Generation(accepted, stream, None, prompt, prefetched=True)

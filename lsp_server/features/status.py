@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
-from inference_pio.lsp_server.session import Session
+from inference_pio.lsp_server.session import LastRequest, Session
 
 
 def status(session: Session) -> dict[str, Any]:
@@ -14,7 +14,8 @@ def status(session: Session) -> dict[str, Any]:
                               "enabled": session.settings.enable, "error": session.error,
                               "progress": asdict(session.progress) if session.progress else None}
     if session.last is not None:
-        answer["last"] = {key: value for key, value in asdict(session.last).items() if key not in ("prompt", "began")}
+        answer["last"] = _told(session.last)
+    answer["prefetch"] = {"begun": session.prefetches, "used": session.prefetch_hits}
     if session.engine is not None:
         answer["engine"] = asdict(session.engine.status())
         answer["info"] = {**asdict(session.engine.info), "path": str(session.engine.info.path)}
@@ -30,6 +31,11 @@ def models() -> list[dict[str, Any]]:
 
 def explain(session: Session) -> dict[str, Any]:
     """`pio.explain`: why the last request showed what it showed, with the prompt the model saw."""
-    if session.last is None:
+    last = session.last
+    if last is None:
         return {"reason": "no completion was asked for yet"}
-    return {key: value for key, value in asdict(session.last).items() if key != "began"}
+    return _told(last) | {"prompt": session.engine.prompt_text(last.prompt) if last.prompt and session.engine else None}
+
+
+def _told(last: LastRequest) -> dict[str, Any]:
+    return {field.name: getattr(last, field.name) for field in fields(last) if field.name not in ("prompt", "began")}

@@ -20,9 +20,10 @@ def served():
 
 @pytest.fixture
 def ready(served):
-    """Call it with a Script: (Served, Client) with the model loaded."""
+    """Call it with a Script: (Served, Client) with the model loaded. The engine is asked nothing that the test did not ask for."""
     def start(script=None, **options) -> tuple[Served, Client]:
         one = served(script)
+        options.setdefault("options", {"prefetch": False})
         one.client.initialize(**options)
         one.client.wait_ready()
         return one, one.client

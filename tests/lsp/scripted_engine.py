@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from inference_pio.engine import EngineError, EngineInfo, EngineStatus, LoadProgress, Priority, Prompt, SamplingParams, TokenStream
+from inference_pio.engine import EngineError, EngineInfo, EngineStatus, FimPrompt, LoadProgress, Priority, Prompt, SamplingParams, TokenStream
 
 INFO = EngineInfo(
     name="scripted", architecture="Scripted", path=Path("/nowhere"), device="cpu", device_name="none", build="none", activations="f32",
@@ -79,6 +79,9 @@ class ScriptedEngine:
                 return stream.end("closed")
             stream.put(number, character)
         stream.end("length" if stop > params.max_tokens else "stop")
+
+    def prompt_text(self, prompt: FimPrompt) -> str:
+        return prompt.prefix + prompt.middle
 
     def count_tokens(self, text: str) -> int:
         return -(-len(text) // 4)

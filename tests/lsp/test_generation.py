@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from inference_pio.engine import EngineError, Priority, StreamStats
-from inference_pio.lsp_server.features.inline_completion import begin_ahead, complete
+from inference_pio.lsp_server.features.inline_completion import begin_ahead, complete, prefetch
 from inference_pio.lsp_server.generation import Cursor
 from inference_pio.lsp_server.session import Session
 from inference_pio.lsp_server.settings import Settings
@@ -266,3 +266,51 @@ async def test_an_error_is_told_once(editor):
     stream.feed("1")
     stream.end()
     assert await again == "1"
+
+
+async def shown(editor, text):
+    """A suggestion stands on the screen, and what follows it is being written: that stream."""
+    request, cursor = editor.ask(), editor.cursor
+    stream = (await editor.streams(len(editor.engine.streams) + 1))[-1]
+    stream.feed(text)
+    stream.end()
+    assert await request == text
+    await prefetch(editor.session, cursor, text)
+    return editor.engine.streams[-1]
+
+
+async def test_what_follows_a_suggestion_is_there_when_it_is_accepted(editor):
+    ahead = await shown(editor, "four")
+    assert ahead.priority == Priority.PREFETCH and ahead.prompt.prefix + ahead.prompt.middle == "x = four"
+    ahead.feed(" + 5")
+    ahead.end()
+    editor.type("four")
+    assert await editor.ask() == " + 5" and len(editor.engine.streams) == 2
+    assert editor.session.last.source == "prefetch" and (editor.session.prefetches, editor.session.prefetch_hits) == (1, 1)
+    await editor.ask()
+    assert editor.session.prefetch_hits == 1
+
+
+async def test_typing_the_suggestion_keeps_what_follows_it_and_anything_else_stops_it(editor):
+    ahead = await shown(editor, "four")
+    editor.type("fo")
+    assert await editor.ask() == "ur"
+    await prefetch(editor.session, editor.cursor, "ur")
+    assert not ahead.closed and len(editor.engine.streams) == 2, "the same thing is not begun twice"
+    editor.type("x")
+    assert ahead.closed and not editor.session.prefetched and editor.session.prefetch_hits == 0
+
+
+async def test_nothing_is_written_behind_a_suggestion_that_is_gone_or_where_nobody_wants_it(editor):
+    request, cursor = editor.ask(), editor.cursor
+    [stream] = await editor.streams(1)
+    stream.feed("four")
+    stream.end()
+    await request
+    editor.type("5")
+    await prefetch(editor.session, cursor, "four")
+    assert len(editor.engine.streams) == 1
+    editor.session.settings = Settings(prefetch=False)
+    await prefetch(editor.session, editor.cursor, "6")
+    assert len(editor.engine.streams) == 1
+

@@ -2,7 +2,8 @@
 
 import pytest
 
-from inference_pio.lsp_server.prompt import Windows
+from inference_pio.lsp_server.documents import Document
+from inference_pio.lsp_server.prompt import PromptBuilder, Windows
 
 SIZE = 400
 TEXT = "".join(f"line number {i:04}\n" for i in range(200))   # 17 characters each
@@ -57,3 +58,15 @@ def test_any_text_has_a_window(text, offset):
     windows = Windows()
     for at in (offset, offset // 2, offset):
         assert 0 <= at - windows.start(text, at, SIZE) <= SIZE
+
+
+def test_a_document_that_may_never_be_leaves_later_prompts_as_they_were():
+    prompts = []
+    for tried in (False, True):
+        builder, document = PromptBuilder(), Document.of("file:///a", "python", 1, TEXT)
+        builder.build(document, 1900, 200, fim=True)
+        if tried:
+            longer = document.edited(2000, 2000, "accepted\n" * 300, 1)
+            builder.build(longer, 2000 + 2700, 200, fim=True, remember=False)
+        prompts.append(builder.build(document.edited(2000, 2000, "x", 2), 2001, 200, fim=True))
+    assert prompts[0] == prompts[1]
