@@ -26,6 +26,14 @@ class Protocol(LanguageServerProtocol):
         if request is not None and request is not future:
             request.add_done_callback(lambda done: done.cancelled() and future.cancel())
 
+    def _run_generator(self, future, *, gen, result_future):
+        """Work that is cancelled by itself, as by the end of the loop, cancels its request; pygls would raise into the loop."""
+        if future is not None and future.cancelled():
+            gen.close()
+            result_future.cancel()
+        else:
+            super()._run_generator(future, gen=gen, result_future=result_future)
+
     @lsp_method(types.SHUTDOWN)
     def lsp_shutdown(self, *params: Any):
         """pygls stumbles over requests that end while it cancels them."""
@@ -66,9 +74,31 @@ class Protocol(LanguageServerProtocol):
             return JsonRPCNotification(method="$/unreadable", jsonrpc="2.0", params=None)
 
 
-def claim_stdout() -> BinaryIO:
+class Wire:
+    """What pygls writes to. When the client has hung up, the rest is said to nobody: an error for each message would fill stderr, and
+    block where nobody reads that any more."""
+
+    def __init__(self, out: BinaryIO):
+        self._out: BinaryIO | None = out
+
+    def write(self, data: bytes) -> None:
+        try:
+            if self._out is not None:
+                self._out.write(data)
+                self._out.flush()
+        except BrokenPipeError:
+            self._out = None
+
+    def flush(self) -> None:
+        """Every message is complete when it is written."""
+
+    def close(self) -> None:
+        """The process ends with it."""
+
+
+def claim_stdout() -> Wire:
     """The wire: a copy of fd 1. What else writes to fd 1 from now on, in Python or C, goes to stderr and cannot break the session."""
     wire = os.dup(1)
     os.dup2(2, 1)
     sys.stdout = sys.stderr
-    return os.fdopen(wire, "wb")
+    return Wire(os.fdopen(wire, "wb"))
