@@ -141,7 +141,9 @@ __global__ void quantize_blocks(unsigned char *out, const float *in, int64_t blo
         if (q8) {
             to[2 + c] = (unsigned char)(int8_t)roundf(x[c] * inverse);
         } else {
-            int low = min((int)(x[c] * inverse + 8.5f), 15), high = min((int)(x[c + 16] * inverse + 8.5f), 15);
+            /* Two roundings, as on the CPU: fused into one, a value in the middle between two codes would get the other. */
+            auto code = [&](float value) { return min((int)__fadd_rn(__fmul_rn(value, inverse), 8.5f), 15); };
+            int low = code(x[c]), high = code(x[c + 16]);
             to[2 + c] = (unsigned char)(low | high << 4);
         }
     }
