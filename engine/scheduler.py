@@ -12,7 +12,9 @@ from typing import NamedTuple
 from inference_pio.engine.sequence import Sequence
 
 STEP_SECONDS = 0.030   # what a step with prompt tokens may take: this is how long a cancelled or more urgent request waits
+_FIXED = 3             # or so many times what it takes whatever its tokens: a step that reads all experts for a few tokens is a waste
 _LEAST, _MOST = 16, 2048
+_FORGET = 0.8          # weight of a step among those that come after it
 
 
 class Work(NamedTuple):
@@ -22,13 +24,35 @@ class Work(NamedTuple):
     count: int
 
 
+class StepTimes:
+    """Least squares of `seconds = fixed + each * tokens` over the last steps with prompt tokens. `fixed` stays what it was while steps
+    are too much alike to tell the two apart; a step that takes twice or half of what was expected makes everything before it void."""
+
+    def __init__(self) -> None:
+        self.fixed, self.each = 0.0, 0.0
+        self._sums = [0.0] * 5   # weights, tokens, tokens^2, seconds, tokens * seconds
+
+    def add(self, tokens: int, seconds: float) -> None:
+        if not 0.5 < seconds / (self.fixed + self.each * tokens or seconds) < 2.0:
+            self.__init__()
+        new = (1.0, tokens, tokens * tokens, seconds, tokens * seconds)
+        w, n, nn, t, nt = self._sums = [_FORGET * old + value for old, value in zip(self._sums, new)]
+        spread = nn / w - (n / w) ** 2
+        if spread > (0.1 * n / w) ** 2:
+            each = (nt / w - n / w * t / w) / spread
+            if each > 0:   # else it is noise
+                self.fixed = max(0.0, (t - each * n) / w)
+        self.each = max(t - self.fixed * w, 0.05 * t) / n
+
+
 class Scheduler:
     """Sequences in order of arrival. chunk adapts to how fast this machine computes prompts."""
 
     def __init__(self, most_tokens: int, most_sequences: int):
         self.sequences: list[Sequence] = []
         self._most_tokens, self._most_sequences = min(most_tokens, _MOST), most_sequences
-        self._chunk = min(64, self._most_tokens)
+        self._chunk = max(_LEAST, self._most_tokens // 8)
+        self._times = StepTimes()
 
     @property
     def chunk(self) -> int:
@@ -58,9 +82,11 @@ class Scheduler:
         return work
 
     def learn(self, tokens: int, seconds: float) -> None:
-        """A step of that many prompt tokens took so long: aim the next chunk at STEP_SECONDS."""
+        """A step of that many tokens, most of them of prompts, took so long."""
         if tokens >= _LEAST and seconds > 0:
-            aimed = tokens / seconds * STEP_SECONDS
+            self._times.add(tokens, seconds)
+            fixed = self._times.fixed
+            aimed = (max(STEP_SECONDS, _FIXED * fixed) - fixed) / self._times.each
             self._chunk = int(min(max(0.5 * self._chunk + 0.5 * aimed, _LEAST), self._most_tokens, 2 * self._chunk))
 
     def least_urgent(self, than: Sequence) -> Sequence | None:
