@@ -106,6 +106,10 @@ class Engine:
         self._thread.submit(Sequence(ids, params, priority, stream, stop, self._tokenizer, required))
         return stream
 
+    def prompt_length(self, prompt: Prompt) -> int:
+        """Tokens."""
+        return len(self._renderer.render(prompt)[0])
+
     def prompt_text(self, prompt: FimPrompt) -> str:
         """What the model sees of it, special tokens by name: to be shown to people."""
         return self._renderer.text(prompt)

@@ -97,8 +97,9 @@ class Stepper:
                 for sequence in fresh:
                     self._start(sequence)
                 work = self._scheduler.next_step()   # what is reused has changed what is left to do
-            work = [w for w in work if self._provide(w)]
-            work = [w for w in work if w.sequence.started]   # one may have lost its pages to another
+            # A sequence may lose its pages to another, before it is provided for or after.
+            work = [w for w in work if w.sequence.started and self._provide(w)]
+            work = [w for w in work if w.sequence.started]
             if work:
                 self._compute(work)
         except DeviceFailed:

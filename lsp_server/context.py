@@ -1,60 +1,83 @@
-"""Which files the model may see: none that hold secrets, none that git ignores, unless the user allows it."""
+"""What the model is shown of other open files: the beginnings of those edited last, and the definitions of what is named at the cursor.
+
+It stands before everything else in the prompt, so a change of it costs the whole prompt. Therefore it is chosen anew only when another
+file was edited meanwhile, or the cursor has gone far; and it has an order of its own.
+"""
 
 from __future__ import annotations
 
-import fnmatch
-import subprocess
+import re
 from collections.abc import Iterable
-from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from dataclasses import dataclass
 
 from inference_pio.engine import ContextChunk
 from inference_pio.lsp_server.documents import Document
+from inference_pio.lsp_server.privacy import Privacy
 
-_SECRET = (".env", ".env.*", "*.env", "*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.keystore", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*",
-           ".netrc", ".npmrc", ".pypirc", ".htpasswd", "credentials", "credentials.*", "secrets.*", "*.kdbx", ".git-credentials")
-_CHUNKS, _CHUNK = 3, 1500   # other files shown, characters of each
-
-
-def path_of(uri: str) -> Path | None:
-    """The file of a file: URI."""
-    parts = urlsplit(uri)
-    return Path(unquote(parts.path)) if parts.scheme == "file" else None
-
-
-class Privacy:
-    """Answers are remembered for the session; git is asked once for each file."""
-
-    def __init__(self) -> None:
-        self._ignored: dict[str, bool] = {}
-
-    def reason(self, uri: str) -> str | None:
-        """Why the file must not be shown to the model; None if it may. May run git: not for the event loop."""
-        path = path_of(uri)
-        if path is None:
-            return None
-        if any(fnmatch.fnmatch(path.name.lower(), pattern) for pattern in _SECRET):
-            return "secret file"
-        if uri not in self._ignored:
-            self._ignored[uri] = _git_ignores(path)
-        return "ignored by git" if self._ignored[uri] else None
+SIZE = 6000              # characters of all chunks, a quarter of them for definitions
+_FILES = 3               # whose beginnings are shown
+_FAR = 4000              # characters the cursor goes before definitions are looked for again
+_NEAR = 600              # characters before the cursor that names are taken from
+_LINES = 6               # of a definition
+_NAME = re.compile(r"[A-Za-z_]\w{2,}")
+_DEFINITION = re.compile(   # a keyword and a name, as many languages have it; or a C function at the beginning of a line
+    r"^[ \t]*(?:[\w()]+[ \t]+)*?(?:def|class|function|fn|func|struct|enum|trait|type|interface|const|let|val|#define)[ \t]+(?:\([^)\n]*\)[ \t]*)?"
+    r"(\w{3,})|^\w[\w \t*]*?[ \t*](\w{3,})\([^;\n]*\)[ \t]*\{", re.MULTILINE)
 
 
-def _git_ignores(path: Path) -> bool:
-    try:
-        done = subprocess.run(["git", "check-ignore", "-q", "--", str(path)], cwd=path.parent, stdin=subprocess.DEVNULL,
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=2)
-    except (OSError, subprocess.TimeoutExpired):
-        return False   # no git, or no such folder: nothing is known to be ignored
-    return done.returncode == 0
+@dataclass(frozen=True)
+class _Choice:
+    others: frozenset[tuple[str, int]]   # (uri, version) of the other files
+    offset: int
+    size: int
+    chunks: tuple[ContextChunk, ...]
 
 
-def chunks(document: Document, recent: Iterable[Document], privacy: Privacy, secrets_allowed: bool) -> tuple[ContextChunk, ...]:
-    """Heads of the other open files, in an order that does not change while one types: by name."""
-    others = [d for d in recent if d.uri != document.uri and d.text.strip() and (secrets_allowed or privacy.reason(d.uri) is None)]
-    chosen = sorted(others[:_CHUNKS], key=lambda d: d.uri)
-    return tuple(ContextChunk(d.uri.rsplit("/", 1)[-1], _whole_lines(d.text)) for d in chosen)
+class Context:
+    """Remembers for each document what was chosen."""
+
+    def __init__(self, privacy: Privacy) -> None:
+        self._privacy = privacy
+        self._choices: dict[str, _Choice] = {}
+
+    def chunks(self, document: Document, offset: int, recent: Iterable[Document], secrets_allowed: bool, size: int = SIZE) -> tuple[ContextChunk, ...]:
+        """Of the documents `recent`, the one edited last first; never of a file that must not be shown. May run git."""
+        others = [d for d in recent if d.uri != document.uri and d.text.strip() and (secrets_allowed or self._privacy.reason(d.uri) is None)]
+        key, known = frozenset((d.uri, d.version) for d in others), self._choices.get(document.uri)
+        if known is None or known.others != key or known.size != size or abs(known.offset - offset) > _FAR:
+            known = self._choices[document.uri] = _Choice(key, offset, size, _choose(document.text[max(0, offset - _NEAR):offset], others, size))
+        return known.chunks
+
+    def forget(self, uri: str) -> None:
+        self._choices.pop(uri, None)
 
 
-def _whole_lines(text: str) -> str:
-    return text if len(text) <= _CHUNK else text[:text.rfind("\n", 0, _CHUNK) + 1 or _CHUNK]
+def _choose(before: str, others: list[Document], size: int) -> tuple[ContextChunk, ...]:
+    heads = {d.uri: _whole_lines(d.text, size // 4) for d in others[:_FILES]}
+    chunks = [ContextChunk(_name(uri), text) for uri, text in sorted(heads.items())]
+    names, left = set(_NAME.findall(before)), size // 4
+    for document in sorted(others, key=lambda d: d.uri):
+        text = "".join(_definitions(document.text, names, len(heads.get(document.uri, "")), left))
+        left -= len(text)
+        chunks += [ContextChunk(_name(document.uri), text)] if text else []
+    return tuple(chunks)
+
+
+def _definitions(text: str, names: set[str], first: int, most: int) -> Iterable[str]:
+    """The first lines of what `text` defines of `names` from character `first` on."""
+    for match in _DEFINITION.finditer(text, first):
+        if (match[1] or match[2]) in names:
+            start = text.rfind("\n", 0, match.start()) + 1
+            piece = "".join(text[start:start + 2000].splitlines(keepends=True)[:_LINES])
+            most -= len(piece)
+            if most < 0:
+                return
+            yield piece
+
+
+def _name(uri: str) -> str:
+    return uri.rsplit("/", 1)[-1]
+
+
+def _whole_lines(text: str, size: int) -> str:
+    return text if len(text) <= size else text[:text.rfind("\n", 0, size) + 1 or size]

@@ -11,9 +11,10 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from inference_pio.engine import EngineError, FimPrompt
-from inference_pio.lsp_server.context import Privacy
+from inference_pio.lsp_server.context import Context
 from inference_pio.lsp_server.documents import Document, Documents
 from inference_pio.lsp_server.generation import Cursor, Generation
+from inference_pio.lsp_server.privacy import Privacy
 from inference_pio.lsp_server.prompt import PromptBuilder
 from inference_pio.lsp_server.settings import Settings
 from inference_pio.lsp_server.suggestions import Suggestions
@@ -60,6 +61,7 @@ class Session:
         self.suggestions = Suggestions()
         self.prompts = PromptBuilder()
         self.privacy = Privacy()
+        self.context = Context(self.privacy)
         self.engine: Engine | None = None
         self.error: str | None = None
         self.progress: LoadProgress | None = None
@@ -161,6 +163,7 @@ class Session:
         self.stop_prefetch(uri)
         self.suggestions.forget(uri)
         self.prompts.forget(uri)
+        self.context.forget(uri)
         self.documents.close(uri)
 
     def _stop_all(self) -> None:

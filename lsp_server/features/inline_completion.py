@@ -6,11 +6,12 @@ import asyncio
 from dataclasses import asdict
 
 from inference_pio.engine import EngineError, FimPrompt, Priority, SamplingParams, TokenStream
-from inference_pio.lsp_server.context import chunks
+from inference_pio.lsp_server.context import SIZE
 from inference_pio.lsp_server.generation import Cursor, Generation
 from inference_pio.lsp_server.session import LastRequest, Session
 from inference_pio.lsp_server.suggestions import Suggestion
 
+_FRAME = 256               # tokens of a prompt that are not its text: special ones, names of files
 _LOADING_PATIENCE = 20.0   # seconds a request waits for a model that is being loaded, so that the first text is completed too
 
 
@@ -58,10 +59,25 @@ async def _complete(session: Session, cursor: Cursor, explicit: bool, last: Last
 
 
 def build_prompt(session: Session, cursor: Cursor, remember: bool = True) -> FimPrompt:
-    """May read other documents and ask git: not for the event loop. remember: see PromptBuilder."""
-    fim, s, document = session.engine is not None and session.engine.info.fim, session.settings, cursor.document
-    context = chunks(document, session.documents.recent(), session.privacy, s.secrets) if fim and s.context_files else ()
-    return session.prompts.build(document, cursor.offset, s.prompt_tokens, fim, context, remember)
+    """As much as the settings allow and the model's context holds. May read other documents and ask git: not for the event loop.
+    remember: see PromptBuilder."""
+    engine, s = session.engine, session.settings
+    if engine is None:
+        raise EngineError("the model is being loaded")
+    info = engine.info
+    room = info.context - s.max_tokens
+    for share in (1, 2, 4, 8, 16):
+        context = session.context.chunks(cursor.document, cursor.offset, session.documents.recent(), s.secrets, SIZE // share) \
+            if info.fim and s.context_files else ()
+        prompt = session.prompts.build(cursor.document, cursor.offset, min(s.prompt_tokens, room) // share, info.fim, context, remember)
+        if _bytes(prompt) + _FRAME <= room or engine.prompt_length(prompt) <= room:   # no token is less than a byte
+            break
+    return prompt
+
+
+def _bytes(prompt: FimPrompt) -> int:
+    texts = (prompt.prefix, prompt.middle, prompt.suffix, *(chunk.text for chunk in prompt.context))
+    return sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
 
 
 async def _generate(session: Session, cursor: Cursor, number: int, last: LastRequest) -> str:

@@ -80,6 +80,9 @@ class ScriptedEngine:
             stream.put(number, character)
         stream.end("length" if stop > params.max_tokens else "stop")
 
+    def prompt_length(self, prompt: FimPrompt) -> int:
+        return self.count_tokens(prompt.prefix + prompt.middle + prompt.suffix)
+
     def prompt_text(self, prompt: FimPrompt) -> str:
         return prompt.prefix + prompt.middle
 

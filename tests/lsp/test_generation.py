@@ -54,7 +54,7 @@ class Stream:
 
 class Engine:
     def __init__(self):
-        self.info = SimpleNamespace(fim=False)
+        self.info = SimpleNamespace(fim=False, context=4096)
         self.streams = []
         self.others = 0
 

@@ -4,13 +4,12 @@ nothing hangs. The model's weights are random, so its text gives away any wrong 
 from __future__ import annotations
 
 import random
-import sys
-import time
 from pathlib import Path
 
 import pytest
+from real_server import check_at_rest, resident, start
 from tiny_model import write_model
-from wire import PATIENCE, Client, Process
+from wire import PATIENCE, Client
 
 FILES = [f"file:///work/{name}" for name in ("a.py", "b.py", "c.py")]
 TEXTS = ["def add(a, b):\n    return \n", "class Store:\n    def get(self, key):\n        \n", "x = 1\n" * 40]
@@ -20,15 +19,6 @@ ENDS = [(1, 11), (2, 8), (30, 5)]   # where suggestions are asked for
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     return write_model(tmp_path_factory.mktemp("tiny") / "model")
-
-
-def start(model: Path, *options: str) -> Process:
-    """With hardly any memory for pages and checkpoints."""
-    process = Process(sys.executable, "-m", "inference_pio.lsp_server", "--model", str(model), "--device", "cpu", "--threads", "1", "--context", "1024",
-                      "--memory", "2300000", "--prompt-tokens", "128", "--max-tokens", "24", *options)
-    process.client.initialize()
-    process.client.wait_ready()
-    return process
 
 
 def suggestions(client: Client) -> list[str | None]:
@@ -54,18 +44,6 @@ def server(model):
     yield process
     code, stderr = process.end()
     assert code == 0 and b"Traceback" not in stderr, stderr.decode()
-
-
-def check_at_rest(client: Client) -> None:
-    """Nothing runs, nothing is lost: free + cached = all."""
-    deadline = time.monotonic() + PATIENCE
-    while (status := client.request("pio/status", {}))["engine"]["running"] + status["engine"]["waiting"]:
-        assert time.monotonic() < deadline, "the engine still works"
-        time.sleep(0.01)
-    engine, info = status["engine"], status["info"]
-    assert engine["pages_in_use"] == engine["states_in_use"] == 0 and engine["last_error"] is None
-    assert engine["pages_free"] + engine["pages_cached"] == info["page_count"] - 1
-    assert engine["states_free"] + engine["states_cached"] == info["state_count"]
 
 
 def test_changes_that_make_no_sense_change_no_answer(server, cold):
@@ -129,9 +107,3 @@ def test_a_client_that_disconnects_in_mid_stream_leaves_no_process(model, reques
     assert process.process.wait(PATIENCE) is not None
     assert process.process.stderr.read() == b"", "nobody may be there to read it, and then the server would wait for ever"
     process.process.stderr.close()
-
-
-def resident(server: Process) -> int:
-    """Bytes of the server's memory; 0 where the system does not tell."""
-    statm = Path(f"/proc/{server.process.pid}/statm")
-    return int(statm.read_text().split()[1]) * 4096 if statm.exists() else 0

@@ -160,3 +160,24 @@ def test_many_at_once_give_what_each_gives_alone(engines):
     for prompt, stream in zip(prompts, streams, strict=True):
         check_equal(finish(stream), finish(ask(cold, prompt, 9, Priority.CHAT)))
     check_nothing_lost(warm)
+
+
+CROWD = st.lists(st.tuples(st.integers(0, 2), st.integers(1, LONGEST), st.integers(0, 9), st.sampled_from(list(Priority)), st.booleans()),
+                 min_size=4, max_size=14)
+
+
+@given(crowd=CROWD)
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+def test_a_crowd_that_takes_pages_from_each_other_loses_none(engines, crowd):
+    """Of three documents beginnings of any length are asked for at the same time; some of the requests are closed at once."""
+    warm, cold = engines
+    documents = [[5 + (n * t + t // 7) % 97 for t in range(LONGEST)] for n in (1, 2, 3)]
+    streams = [ask(warm, documents[d][:n], tokens, priority) for d, n, tokens, priority, _ in crowd]
+    for stream, (*_, closed) in zip(streams, crowd, strict=True):
+        if closed:
+            stream.close()
+    for stream, (d, n, tokens, _, closed) in zip(streams, crowd, strict=True):
+        finish(stream)
+        if not closed:
+            check_equal(stream, finish(ask(cold, documents[d][:n], tokens, Priority.CHAT)))
+    check_nothing_lost(warm)
