@@ -7,6 +7,7 @@ import logging
 import os
 from typing import Any
 
+from attrs import fields
 from lsprotocol import types
 from pygls.exceptions import JsonRpcException
 from pygls.lsp.server import LanguageServer
@@ -134,7 +135,7 @@ class Server(LanguageServer):
         before = self.session.settings
         self._configure(value.get("pio", value) if isinstance(value, dict) else getattr(value, "pio", value))
         after = self.session.settings
-        if any(getattr(before, name) != getattr(after, name) for name in ("model", "device", "memory", "context", "threads")):
+        if any(a.metadata["restart"] and getattr(before, a.name) != getattr(after, a.name) for a in fields(Settings)):
             self.load()
 
     def _configure(self, value: Any) -> None:

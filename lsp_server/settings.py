@@ -22,6 +22,10 @@ class Settings:
     weights: str = _setting("auto", "auto takes the checkpoint's own numbers; q8 or q4 rounds floats to 8 or 4 bits at the first start and keeps "
                                     "the result on disk.", choices=("auto", "q8", "q4"), restart=True)
     memory: int = _setting(0, "Bytes for weights and cache; 0 takes what is free.", least=0, restart=True)
+    checkpoint_memory: int = _setting(0, "Bytes of the memory for recurrent states kept for later prompts, in models that have such; 0 takes room for "
+                                         "64 of them.", least=0, restart=True)
+    host_checkpoint_memory: int = _setting(0, "Bytes of main memory for those that a GPU has no room for; 0 takes up to 2 GB beside a GPU.", least=0,
+                                           restart=True)
     context: int = _setting(0, "Tokens the model can see at once; 0 takes the model's own limit up to 8192.", least=0, most=1 << 20, restart=True)
     threads: int = _setting(0, "CPU threads; 0 takes one for each physical core.", least=0, most=1024, restart=True)
     max_tokens: int = _setting(64, "Longest completion, in tokens.", least=1, most=1024)

@@ -95,11 +95,11 @@ async def _pio(name: str, server_options: list[str], seconds: float, traces: lis
             before = await target.read_bandwidth()
             load = OtherLoad(os.getpid(), client.process.pid)
             recording = await _replay(name, traces, target, seconds, console)
-            others = load.cores()
+            others, prefetch = load.cores(), (await target.status()).get("prefetch")
             round_trip = await target.round_trip_ms()
             read = max(before, await target.read_bandwidth())
             about = {"options": server_options, "startup": {"initialize_ms": target.initialize_ms, "ready_ms": target.ready_ms},
-                     "round_trip_ms": report.spread(round_trip), "others_cores": others}
+                     "round_trip_ms": report.spread(round_trip), "others_cores": others, "prefetch": prefetch}
             return report.run(name, about, recording), target.model, read
 
 

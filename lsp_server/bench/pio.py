@@ -117,7 +117,7 @@ class PioSuggestion:
         last = (await self.target.status()).get("last") or {}
         answer = Answer(text=self._shown(result), answer_ms=elapsed, source=last.get("source", "model"), reason=last.get("reason") or "")
         stats = last.get("stats") or {}
-        for name in ("prompt_tokens", "reused_tokens", "computed_tokens", "generated_tokens"):
+        for name in ("prompt_tokens", "reused_tokens", "computed_tokens", "recomputed_tokens", "generated_tokens"):
             setattr(answer, name, stats.get(name) or 0)
         answer.tokens_per_second = stats.get("tokens_per_second")
         first, total = last.get("first_token_ms"), last.get("total_ms")

@@ -24,6 +24,7 @@ class Answer:
     prompt_tokens: int = 0
     reused_tokens: int = 0
     computed_tokens: int = 0
+    recomputed_tokens: int = 0            # of those, known before the edit: the distance to the last checkpoint
     generated_tokens: int = 0
     tokens_per_second: float | None = None   # of decoding
     server_ms: float | None = None        # what the server itself took for the whole request

@@ -43,7 +43,8 @@ def run(name: str, about: dict[str, Any], recording: Recording) -> dict[str, Any
         "decode_context": median(a.prompt_tokens + a.generated_tokens / 2 for a in decoded) if decoded else None,
         "cancel_to_idle_ms": spread(recording.idle_ms),
         "prompt_tokens": sum(a.prompt_tokens for a in answers), "reused_tokens": sum(a.reused_tokens for a in answers),
-        "computed_tokens": sum(a.computed_tokens for a in answers), "generated_tokens": sum(a.generated_tokens for a in answers),
+        "computed_tokens": sum(a.computed_tokens for a in answers), "recomputed_tokens": sum(a.recomputed_tokens for a in answers),
+        "generated_tokens": sum(a.generated_tokens for a in answers),
         "samples": [of_sample(sample) for sample in recording.samples],
     }
 
@@ -57,6 +58,7 @@ def of_kind(samples: list[Sample]) -> dict[str, Any]:
         "answer_ms": spread([a.answer_ms for a in answers]),
         "reused_tokens": spread([a.reused_tokens for a in asked]),
         "computed_tokens": spread([a.computed_tokens for a in asked]),
+        "recomputed_tokens": spread([a.recomputed_tokens for a in asked]),
     }
 
 
@@ -65,7 +67,7 @@ def of_sample(sample: Sample) -> dict[str, Any]:
     return {"trace": sample.trace, "document": sample.document, "kind": sample.kind, "at_s": round(sample.at_s, 4),
             "first_token_ms": a.first_token_ms, "answer_ms": a.answer_ms, "source": a.source, "reason": a.reason,
             "prompt_tokens": a.prompt_tokens, "reused_tokens": a.reused_tokens, "computed_tokens": a.computed_tokens,
-            "generated_tokens": a.generated_tokens, "characters": len(a.text)}
+            "recomputed_tokens": a.recomputed_tokens, "generated_tokens": a.generated_tokens, "characters": len(a.text)}
 
 
 def ratios(ours: dict[str, Any], other: dict[str, Any]) -> dict[str, dict[str, float]]:

@@ -40,13 +40,16 @@ def facts(document: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(("a keystroke", f"{number(warm_ms)} ms from the request to the first token; a cold prompt takes {number(cold_ms)} ms, "
                                      f"{cold_ms / warm_ms:.0f} times as long (p50)"))
     if run["prompt_tokens"]:
+        again = f", {run['recomputed_tokens']:,} of them again, from the last checkpoint on" if document["model"].get("state_bytes") else ""
         lines.append(("prompt tokens", f"{run['prompt_tokens']:,} in the measured requests: {run['reused_tokens']:,} reused, "
-                                       f"{run['computed_tokens']:,} computed"))
+                                       f"{run['computed_tokens']:,} computed{again}"))
     if speed := run["decode_tokens_per_second"]:
         lines.append(("decode", f"{speed:.0f} tokens/s = {roof['decode_gb_per_second']:.1f} GB/s, "
                                 f"{100 * roof['share']:.0f} % of the {roof['read_gb_per_second']:.1f} GB/s measured on this device"))
     if memory := run["from_memory_ms"]:
         lines.append(("type-through", f"p50 {number(memory['p50'])} ms, p99 {number(memory['p99'])} ms inside the server; no model is asked"))
+    if (ahead := run["prefetch"]) and ahead["begun"]:
+        lines.append(("prefetch", f"{ahead['begun']} continuations written while a suggestion was shown, {ahead['used']} of them asked for"))
     if idle := run["cancel_to_idle_ms"]:
         lines.append(("cancel to idle", f"p50 {number(idle['p50'])} ms, p99 {number(idle['p99'])} ms until the engine rests"))
     start, trip = run["startup"], run["round_trip_ms"]
