@@ -36,13 +36,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("pygls").setLevel(logging.CRITICAL if settings.log_level != "debug" else logging.WARNING)   # at INFO it logs documents
 
     from inference_pio.lsp_server.server import Server
+    from inference_pio.lsp_server.session import open_engine
 
     sys.setswitchinterval(5e-4)   # 5 ms, Python's default, is what a decoding engine would make each hop between threads cost
-    server = Server(settings, __version__, reuse=not arguments.no_reuse)
     if arguments.port is None:
-        server.serve_stdio()
+        Server(settings, __version__, reuse=not arguments.no_reuse).serve_stdio()
     else:
-        server.start_tcp("127.0.0.1", arguments.port)
+        from inference_pio.lsp_server.tcp import serve
+
+        try:
+            serve(arguments.port, lambda shared: Server(settings, __version__, shared, not arguments.no_reuse, alone=False), open_engine)
+        except OSError as error:
+            print(f"pio-lsp: port {arguments.port} cannot be served: {error.strerror}. Choose another --port", file=sys.stderr)
+            return 1
     return 0
 
 
@@ -53,7 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("command", nargs="?", choices=("models", "settings"), help="models: what can be selected; settings: their JSON schema")
     parser.add_argument("--version", action="version", version=f"pio-lsp {__version__}")
     parser.add_argument("--stdio", action="store_true", help="serve over stdin and stdout (the default)")
-    parser.add_argument("--port", type=int, help="serve one client over TCP on this port of the loopback interface instead")
+    parser.add_argument("--port", type=int, help="serve over TCP on this port of the loopback interface instead: any number of "
+                        "clients, which share the models they load; ends with the last of them")
     parser.add_argument("--no-reuse", action="store_true", help="compute every prompt anew, to measure what the cache is worth")
     for attribute in fields(Settings):
         kind = {"int": int, "float": float, "str": str}.get(str(attribute.type))

@@ -16,6 +16,8 @@ from pygls.protocol.language_server import lsp_method
 class Protocol(LanguageServerProtocol):
     """Documents are ours (see documents.py): pygls splits lines where LSP does not and keeps a second copy of every text."""
 
+    alone = True   # whether the process ends with this client
+
     def _execute_handler(self, msg_id, handler, callback, args=None, kwargs=None):
         """A generator handler hands its work on under a second id, which pygls neither forgets nor cancels with the first."""
         super()._execute_handler(msg_id, handler, callback, args, kwargs)
@@ -33,6 +35,14 @@ class Protocol(LanguageServerProtocol):
             result_future.cancel()
         else:
             super()._run_generator(future, gen=gen, result_future=result_future)
+
+    @lsp_method(types.EXIT)
+    def lsp_exit(self, *params: Any):
+        """pygls ends the process, which may serve others."""
+        if self.alone:
+            yield from super().lsp_exit(*params)
+        else:
+            self.writer.close()
 
     @lsp_method(types.SHUTDOWN)
     def lsp_shutdown(self, *params: Any):

@@ -28,11 +28,12 @@ _AHEAD_PAUSE = 0.005   # seconds after a change: a request that comes with it co
 
 
 class Server(LanguageServer):
-    """pio-lsp. `session` holds everything that is not protocol."""
+    """pio-lsp. `session` holds everything that is not protocol. alone: the process is this server's, and ends with it."""
 
-    def __init__(self, settings: Settings, version: str, open_engine: OpenEngine = open_engine, reuse: bool = True):
+    def __init__(self, settings: Settings, version: str, open_engine: OpenEngine = open_engine, reuse: bool = True, alone: bool = True):
         super().__init__("pio-lsp", version, protocol_cls=Protocol, text_document_sync_kind=types.TextDocumentSyncKind.Incremental)
         self.session = Session(settings, open_engine, reuse)
+        self.protocol.alone = alone
         self._tasks: set[asyncio.Task] = set()
         self._ahead: asyncio.TimerHandle | None = None
         self._progress_token: str | None = None
@@ -71,7 +72,7 @@ class Server(LanguageServer):
 
     def on_initialize(self, params: types.InitializeParams) -> None:
         self._configure(params.initialization_options)
-        if params.process_id:
+        if params.process_id and self.protocol.alone:
             self._start(self._watch(params.process_id))
 
     def on_initialized(self, params: types.InitializedParams) -> None:
@@ -80,6 +81,14 @@ class Server(LanguageServer):
         self.load()
 
     def on_shutdown(self, params: Any) -> None:
+        self._end()
+
+    def hang_up(self) -> None:
+        """The client has gone, and others may be there."""
+        self._end()
+        self.shutdown()
+
+    def _end(self) -> None:
         for task in self._tasks:
             task.cancel()
         self.session.close()

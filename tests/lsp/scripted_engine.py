@@ -105,6 +105,7 @@ def main() -> None:
 
     from inference_pio.lsp_server.server import Server
     from inference_pio.lsp_server.settings import Settings
+    from inference_pio.lsp_server.tcp import serve
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--answer", default="answer")
@@ -122,11 +123,10 @@ def main() -> None:
             os.system("echo by a child process")
         return opener(*args, **options)
 
-    server = Server(Settings(), "test", open_engine)
     if arguments.port is None:
-        server.serve_stdio()
+        Server(Settings(), "test", open_engine).serve_stdio()
     else:
-        server.start_tcp("127.0.0.1", arguments.port)
+        serve(arguments.port, lambda shared: Server(Settings(), "test", shared, alone=False), open_engine)
 
 
 if __name__ == "__main__":
