@@ -67,6 +67,7 @@ class RadixCache:
         self._root = Node((), 0, None)
         self._clock = count(1)
         self._nodes: set[Node] = set()
+        self._marked: set[Node] = set()   # those with checkpoints
 
     @property
     def pages(self) -> int:
@@ -123,8 +124,10 @@ class RadixCache:
     def insert(self, tokens: Sequence[int], pages: Sequence[int], states: Iterable[tuple[int, int]] = ()) -> None:
         """tokens are cached in pages, which the caller holds, as it does the slots of states (position, slot). What the tree has
         already stays as it is."""
-        ends = dict(states)
         size, node, now = self._page_size, self._root, next(self._clock)
+        ends: dict[int, list[tuple[int, int]]] = {}   # page -> (tokens of it before the state, slot)
+        for position, slot in states:
+            ends.setdefault((position - 1) // size, []).append(((position - 1) % size + 1, slot))
         for index, page in enumerate(pages):
             part = tuple(tokens[index * size:(index + 1) * size])
             if not part:
@@ -136,9 +139,8 @@ class RadixCache:
                 self._nodes.add(child)
                 self._pool.hold(page)
             child.used = now
-            for offset in range(1, len(part) + 1) if ends else ():
-                if (slot := ends.get(index * size + offset)) is not None:
-                    self._keep(child, offset, slot, now)
+            for offset, slot in ends.get(index, ()):
+                self._keep(child, offset, slot, now)
             if len(part) < size:
                 return
             node = child
@@ -152,6 +154,7 @@ class RadixCache:
             self.drop(node, offset)
         self._slots.hold(slot)
         node.checkpoints[offset] = Checkpoint(slot, now)
+        self._marked.add(node)
 
     def _grow(self, node: Node, part: tuple[int, ...], page: int) -> Node | None:
         """The leaf of the same page, when its sequence has written it further since."""
@@ -186,12 +189,12 @@ class RadixCache:
     def evictable_checkpoints(self, tier: int) -> int:
         """Checkpoints of a tier that only the tree holds. May be asked by any thread."""
         pool = self._tiers[tier]
-        return sum(c.tier == tier and pool.references(c.slot) == 1 for node in list(self._nodes) for c in list(node.checkpoints.values()))
+        return sum(c.tier == tier and pool.references(c.slot) == 1 for node in list(self._marked) for c in list(node.checkpoints.values()))
 
     def worst_checkpoint(self, tier: int) -> Worst | None:
         """The one to part with: long unused, and cheap to compute again from the one before it. None if sequences hold them all."""
         now, worst = next(self._clock), None
-        for node in self._nodes:
+        for node in self._marked:
             for offset, checkpoint in node.checkpoints.items():
                 if checkpoint.tier != tier or self._tiers[tier].references(checkpoint.slot) > 1:
                     continue
@@ -203,6 +206,8 @@ class RadixCache:
 
     def drop(self, node: Node, offset: int) -> None:
         checkpoint = node.checkpoints.pop(offset)
+        if not node.checkpoints:
+            self._marked.discard(node)
         self._tiers[checkpoint.tier].release(checkpoint.slot)
 
     def move_to_host(self, node: Node, offset: int, slot: int) -> None:
@@ -213,7 +218,7 @@ class RadixCache:
 
     def drop_checkpoint(self, slot: int) -> None:
         """Of the device."""
-        for node in self._nodes:
+        for node in list(self._marked):
             for offset in [o for o, c in node.checkpoints.items() if c.slot == slot and c.tier == DEVICE]:
                 self.drop(node, offset)
 

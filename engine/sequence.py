@@ -78,6 +78,7 @@ class Sequence:
         self.ids.append(token)
         data = self.tokenizer.token_bytes(token) if self.tokenizer else b""
         if self.required:
+            self.marks.append(len(self.ids))   # what the document has already is part of the next prompt
             typed = min(len(self.required), len(data))
             self.required, data = self.required[typed:], data[typed:]
         text, stopped = self._stops.feed(self._decoder.feed(data))

@@ -107,3 +107,21 @@ def test_a_client_that_disconnects_in_mid_stream_leaves_no_process(model, reques
     assert process.process.wait(PATIENCE) is not None
     assert process.process.stderr.read() == b"", "nobody may be there to read it, and then the server would wait for ever"
     process.process.stderr.close()
+
+
+def test_typing_at_the_cursor_computes_what_was_typed(model):
+    server = start(model, "--memory", "20000000", "--no-prefill", "--no-prefetch")
+    client, typed, counted = server.client, 0, 0
+    client.open(TEXTS[0] + "\n\n" + TEXTS[1], FILES[0])
+    client.open(TEXTS[2], FILES[1])
+    client.inline(*ENDS[0], uri=FILES[0])
+    for character in "Q.Z_Q7(Q, Z)[Q]{Z}":     # hardly what random weights would suggest
+        client.change(2 + typed, (1, 11 + typed, 1, 11 + typed, character), uri=FILES[0])
+        typed += 1
+        client.inline(1, 11 + typed, uri=FILES[0])
+        last = client.request("pio/status", {})["last"]
+        if last["source"] == "model":
+            counted += 1
+            assert last["stats"]["recomputed_tokens"] == 0 and last["stats"]["computed_tokens"] <= 3, last
+    assert counted > 10
+    server.end()
