@@ -8,7 +8,6 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from functools import cached_property, lru_cache
 from itertools import chain
@@ -183,22 +182,21 @@ class Tokenizer:
         return ids[:keep], tail
 
     @cached_property
-    def _sorted(self) -> list[tuple[bytes, int]]:
-        return sorted((token, index) for index, token in enumerate(self._bytes) if token)
+    def _by_start(self) -> dict[bytes, list[tuple[bytes, int]]]:
+        """Tokens by their first two bytes. One sorted table would be searched faster, but sorting it holds the GIL for too long."""
+        groups: dict[bytes, list[tuple[bytes, int]]] = {}
+        for index, token in enumerate(self._bytes):
+            if token:
+                groups.setdefault(token[:2], []).append((token, index))
+        return groups
 
     def allowed(self, prefix: bytes, words: int) -> bytes:
         """Bits (u32 [words], little endian) of the tokens that begin with `prefix` or are a beginning of it."""
-        mask = bytearray(4 * words)
-        table = self._sorted
-        for length in range(1, len(prefix)):
-            at = bisect_left(table, (prefix[:length], -1))
-            while at < len(table) and table[at][0] == prefix[:length]:
-                _set(mask, table[at][1])
-                at += 1
-        at = bisect_left(table, (prefix, -1))
-        while at < len(table) and table[at][0].startswith(prefix):
-            _set(mask, table[at][1])
-            at += 1
+        mask, groups = bytearray(4 * words), self._by_start
+        starts = {prefix[:1], prefix[:2]} if len(prefix) > 1 else [start for start in groups if start[:1] == prefix]
+        for token, index in chain.from_iterable(groups.get(start, ()) for start in starts):
+            if token.startswith(prefix) or prefix.startswith(token):
+                _set(mask, index)
         return bytes(mask)
 
 

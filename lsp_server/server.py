@@ -7,7 +7,6 @@ import logging
 import os
 from typing import Any
 
-from attrs import fields
 from lsprotocol import types
 from pygls.exceptions import JsonRpcException
 from pygls.lsp.server import LanguageServer
@@ -143,15 +142,14 @@ class Server(LanguageServer):
         value = params.settings
         before = self.session.settings
         self._configure(value.get("pio", value) if isinstance(value, dict) else getattr(value, "pio", value))
-        after = self.session.settings
-        if any(a.metadata["restart"] and getattr(before, a.name) != getattr(after, a.name) for a in fields(Settings)):
+        if not self.session.settings.loads_alike(before):
             self.load()
 
     def _configure(self, value: Any) -> None:
         settings, messages = Settings.from_client(_plain_value(value), self.session.settings)
         self.session.settings = settings
         for message in messages:
-            self.window_show_message(types.ShowMessageParams(type=types.MessageType.Warning, message=f"pio: {message}"))
+            self.window_show_message(types.ShowMessageParams(type=types.MessageType.Warning, message=f"pio: {message}; it is ignored"))
 
     # ---- documents -------------------------------------------------------------------------------------------------------
 

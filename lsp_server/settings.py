@@ -40,6 +40,10 @@ class Settings:
     secrets: bool = _setting(False, "Complete in files that may hold secrets (.env, keys) and in ignored files, too.")
     log_level: str = _setting("warning", "What goes to the log on stderr.", choices=("error", "warning", "info", "debug"))
 
+    def loads_alike(self, other: Settings) -> bool:
+        """Whether the model that is loaded by these settings is the one that `other` would load."""
+        return all(getattr(self, a.name) == getattr(other, a.name) for a in fields(type(self)) if a.metadata["restart"])
+
     @classmethod
     def from_client(cls, value: Any, base: Settings | None = None) -> tuple[Settings, list[str]]:
         """(settings, one message for each entry that was ignored). Keys may be snake_case or camelCase."""
@@ -53,7 +57,7 @@ class Settings:
             if attribute is None:
                 messages.append(f"unknown setting {key!r}")
             elif problem := _problem(attribute, entry):
-                messages.append(f"setting {key!r} {problem}")
+                messages.append(f"setting {key!r} {problem}, not {entry!r}")
             else:
                 chosen[attribute.name] = float(entry) if attribute.type == "float" else entry
         return cls(**{name: chosen.get(name, getattr(base, name)) for name in known}), messages
@@ -66,13 +70,13 @@ _WORDS = {"bool": "true or false", "int": "a whole number", "float": "a number",
 def _problem(attribute: Attribute, value: Any) -> str | None:
     kind, meta = str(attribute.type), attribute.metadata
     if not isinstance(value, _KINDS[kind]) or (isinstance(value, bool) and kind != "bool"):
-        return f"must be {_WORDS[kind]}, not {value!r}; it stays {attribute.default!r}"
+        return f"must be {_WORDS[kind]}"
     if meta["choices"] and value not in meta["choices"]:
-        return f"must be one of {', '.join(meta['choices'])}, not {value!r}"
+        return f"must be one of {', '.join(meta['choices'])}"
     if meta["least"] is not None and not value >= meta["least"]:
-        return f"must be at least {meta['least']}, not {value!r}"
+        return f"must be at least {meta['least']}"
     if meta["most"] is not None and not value <= meta["most"]:
-        return f"must be at most {meta['most']}, not {value!r}"
+        return f"must be at most {meta['most']}"
     return None
 
 

@@ -10,7 +10,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-_CLOSERS = ")]}>,;"
+_CLOSERS, _QUOTES = ")]}>,;", "\"'`"
+_STRING = re.compile(r"""(["'`])(?:\\.|(?!\1)[^\\\n])*\1""")
 _CONTINUES = re.compile(r"[)\]}]|(?:else|elif|except|finally|catch|case|default|end)\b")
 
 
@@ -26,6 +27,15 @@ class Place:
     @property
     def indent(self) -> int:
         return _indent(self.before)
+
+    @property
+    def inside_a_line(self) -> bool:
+        """Whether something else than closing brackets and quotes stands behind the cursor."""
+        return bool(self.after.strip(_CLOSERS + _QUOTES + " \t"))
+
+    @property
+    def inside_a_word(self) -> bool:
+        return bool(re.search(r"\w\Z", self.before) and re.match(r"\w", self.after))
 
 
 @dataclass(frozen=True)
@@ -48,8 +58,10 @@ def block_ended(text: str, place: Place) -> bool:
     if "```" in text:
         return True
     whole, _, last = text.rpartition("\n")   # the last line may still grow, but its indentation is known
-    if place.after.strip(_CLOSERS + " \t\"'`"):
+    if place.inside_a_line:
         return bool(whole.strip())
+    if _closed_at(text, place) is not None:
+        return True
     return end_of_block(whole, place).rstrip() != whole.rstrip() or bool(last.strip()) and _indent(last) < place.indent
 
 
@@ -63,6 +75,12 @@ def no_fences(text: str, place: Place) -> str:
     return text.split("```", 1)[0] if "```" not in place.before + place.below else text
 
 
+def no_blank_lines_first(text: str, place: Place) -> str:
+    """On an empty line the suggestion begins there, unless it leaves the block."""
+    body = re.sub(r"\A(?:[ \t]*\n)+", "", text)
+    return body if not place.before.strip() and _indent(body) >= place.indent else text
+
+
 def indentation_kept(text: str, place: Place) -> str:
     """Where the cursor stands behind typed indentation, the text does not indent once more."""
     return text.lstrip(" \t") if place.before and not place.before.strip() else text
@@ -70,7 +88,7 @@ def indentation_kept(text: str, place: Place) -> str:
 
 def one_line_inside_a_line(text: str, place: Place) -> str:
     """With text behind the cursor, only the rest of this line is suggested."""
-    return text.split("\n", 1)[0] if place.after.strip(_CLOSERS + " \t\"'`") else text
+    return text.split("\n", 1)[0] if place.inside_a_line else text
 
 
 def end_of_block(text: str, place: Place) -> str:
@@ -115,21 +133,34 @@ def whole_lines(text: str, place: Place) -> str:
     return words[0] if words and words[0].strip() else text
 
 
-def no_repeat_of_what_follows(text: str, place: Place) -> str:
-    """Drop what the document says next anyway: the rest of the line, or the lines below."""
-    rest = place.after.strip()
-    if rest:
-        for length in range(min(len(rest), len(text)), 0, -1):
-            if text.rstrip().endswith(rest[:length]) and (length == len(rest) or set(rest[:length]) <= set(_CLOSERS)):
-                text = text.rstrip()[:-length]
-                break
+def rest_of_the_word(text: str, place: Place) -> str:
+    """Inside a word, no more than that word is suggested."""
+    return re.match(r"\w*", text)[0] if place.inside_a_word else text
+
+
+def no_repeat_of_the_line(text: str, place: Place) -> str:
+    """Drop what stands behind the cursor anyway: the brackets and quotes that close there, or what the text ran into."""
+    rest, body = place.after.strip(), text.rstrip()
+    if not rest:
         return text
-    following = next((line.strip() for line in place.below.split("\n") if line.strip()), None)
-    if following is None:
+    if (end := _closed_at(text, place)) is not None:
+        return text[:end]
+    least = 1 if place.inside_a_word else 3
+    for length in range(min(len(rest), len(body)), 0, -1):
+        if body.endswith(rest[:length]) and (length == len(rest) or length >= least or not rest[:length].strip(_CLOSERS)):
+            return body[:-length]
+    return text
+
+
+def no_repeat_of_the_lines_below(text: str, place: Place) -> str:
+    """Stop before the line that comes next in the document."""
+    following = next((line for line in place.below.split("\n") if line.strip()), None)
+    if place.after.strip() or following is None:
         return text
     lines = text.split("\n")
     for number, line in enumerate(lines):
-        if line.strip() == following and (number or len(following) > 1):
+        whole = line if number else place.before + line
+        if whole.strip() == following.strip() and _indent(whole) == _indent(following):
             return "\n".join(lines[:number])
     return text
 
@@ -140,13 +171,39 @@ def no_lone_closers(text: str, place: Place) -> str:
 
 
 def no_trailing_space(text: str, place: Place) -> str:
-    """Nothing invisible at the end of the text or of its lines."""
-    return re.sub(r"[ \t]+(?=\n|$)", "", text).rstrip("\n") if text.strip() else ""
+    """Nothing invisible at the end of the text or of its lines, but for the line break before a bracket that stands there already."""
+    last = re.search(r"\n[ \t]*\Z", text) if place.after.strip() else None
+    return re.sub(r"[ \t]+(?=\n|$)", "", text).rstrip("\n") + (last[0] if last else "") if text.strip() else ""
 
 
 RULES: tuple[Callable[[str, Place], str], ...] = (
-    plain_lines, no_fences, indentation_kept, one_line_inside_a_line, whole_lines, end_of_block, no_loops, no_repeat_of_what_follows,
-    no_lone_closers, no_trailing_space)
+    plain_lines, no_fences, no_blank_lines_first, indentation_kept, one_line_inside_a_line, rest_of_the_word, whole_lines, end_of_block,
+    no_loops, no_repeat_of_the_line, no_repeat_of_the_lines_below, no_lone_closers, no_trailing_space)
+
+
+def _closed_at(text: str, place: Place) -> int | None:
+    """Where text closes the bracket or quote that is closed right behind the cursor, if nothing else but closing stands there."""
+    rest = place.after.strip()
+    if not rest or rest[0] in ",;" or rest.strip(_CLOSERS + _QUOTES):
+        return None
+    if rest[0] in _QUOTES:
+        found = re.search(rf"(?<!\\){rest[0]}", text)
+        return found and found.start()
+    pairs = {"(": ")", "[": "]", "{": "}"} | ({"<": ">"} if rest[0] == ">" else {})
+    depth, at = 0, 0
+    while at < len(text):
+        character = text[at]
+        if character in _QUOTES and (string := _STRING.match(text, at)):
+            at = string.end()
+            continue
+        if character in pairs:
+            depth += 1
+        elif character in pairs.values() and text[at - 1:at + 1] not in ("->", "=>"):
+            if depth == 0:
+                return at if character == rest[0] else None
+            depth -= 1
+        at += 1
+    return None
 
 
 def _indent(line: str) -> int:

@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from inference_pio import __version__
-from inference_pio.lsp_server.bench import page, report, table
+from inference_pio.lsp_server.arguments import parse as parse_server_options
+from inference_pio.lsp_server.bench import memory, page, report, table
 from inference_pio.lsp_server.bench.client import LspClient, ServerError
 from inference_pio.lsp_server.bench.infill import InfillTarget
 from inference_pio.lsp_server.bench.load import OtherLoad
@@ -31,6 +32,7 @@ OTHERS_PATIENCE = 5   # what is compared may be slower: it should get through th
 
 def main(argv: Sequence[str]) -> int:
     options, server_options = _arguments().parse_known_args(argv)
+    parse_server_options(server_options, commands=())   # ends here if the server would not understand them
     console, errors = Console(), Console(stderr=True)
     try:
         traces = [load(path) for path in options.trace] or bundled()
@@ -92,15 +94,25 @@ async def _pio(name: str, server_options: list[str], seconds: float, traces: lis
             await target.initialize()
             with console.status(" starting the server", spinner="dots") as line:
                 await target.ready(lambda progress: line.update(f" {_loading(progress)}"))
+            at_rest = memory.held(client.process.pid)
             before = await target.read_bandwidth()
             load = OtherLoad(os.getpid(), client.process.pid)
             recording = await _replay(name, traces, target, seconds, console)
             others, prefetch = load.cores(), (await target.status()).get("prefetch")
-            round_trip = await target.round_trip_ms()
+            after, round_trip = memory.held(client.process.pid), await target.round_trip_ms()
+            working = await target.working_ms(_cold_texts(traces))
             read = max(before, await target.read_bandwidth())
             about = {"options": server_options, "startup": {"initialize_ms": target.initialize_ms, "ready_ms": target.ready_ms},
-                     "round_trip_ms": report.spread(round_trip), "others_cores": others, "prefetch": prefetch}
+                     "memory": {"at_rest": at_rest, "after": after, "model": memory.on_disk(target.model["path"])},
+                     "round_trip_ms": report.spread(round_trip), "others_cores": others, "prefetch": prefetch,
+                     "held_up_ms": {"loading": report.spread(target.loading_ms), "working": report.spread(working)}}
             return report.run(name, about, recording), target.model, read
+
+
+def _cold_texts(traces: list[Trace]) -> list[str]:
+    """Texts of which no server has seen the beginning: the longest document of each trace, its lines from the last to the first."""
+    longest = (max((document.text for document in trace.documents.values()), key=len) for trace in traces)
+    return ["\n".join(reversed(text.split("\n"))) for text in longest]
 
 
 async def _llama_server(options: argparse.Namespace, traces: list[Trace], ours: dict[str, Any], console: Console) -> dict[str, Any]:

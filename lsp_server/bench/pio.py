@@ -10,12 +10,12 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from inference_pio.lsp_server.bench.buffer import Buffer
+from inference_pio.lsp_server.bench.buffer import Buffer, end_of
 from inference_pio.lsp_server.bench.client import LspClient, Pending, ServerError
 from inference_pio.lsp_server.bench.replay import Answer
 from inference_pio.lsp_server.bench.trace import Change, Position
 
-POLL_SECONDS = 0.05
+PULSE_SECONDS = 0.005    # between two questions that only the event loop has to answer
 IDLE_SECONDS = 30.0
 DEADLINE_MS = 120_000
 ROUND_TRIPS = 200
@@ -34,6 +34,7 @@ class PioTarget:
     def __init__(self, client: LspClient, workspace: Path) -> None:
         self.client, self.workspace = client, workspace
         self.initialize_ms = self.ready_ms = 0.0
+        self.loading_ms: list[float] = []      # what a status took while the model was loaded
         self.model: dict[str, Any] = {}
 
     async def initialize(self) -> None:
@@ -51,9 +52,9 @@ class PioTarget:
 
     async def ready(self, progress: Callable[[dict[str, Any]], None]) -> None:
         """Waits until the model is loaded; `progress` is given the server's `stage`, `done`, `total`, `detail`."""
-        while (status := await self.status())["state"] == "loading":
+        while (status := await self._pulse(self.loading_ms))["state"] == "loading":
             progress(status.get("progress") or {})
-            await asyncio.sleep(POLL_SECONDS)
+            await asyncio.sleep(PULSE_SECONDS)
         if status["state"] != "ready":
             raise ServerError(f"the model could not be loaded: {status['error']}")
         self.ready_ms = 1e3 * (perf_counter() - self.client.started)
@@ -61,6 +62,25 @@ class PioTarget:
 
     async def status(self) -> dict[str, Any]:
         return await self.client.request("pio/status", {})
+
+    async def _pulse(self, took: list[float]) -> dict[str, Any]:
+        """A status, and in `took` the milliseconds that it needed: as long as the event loop was held up."""
+        pending = self.client.send("pio/status", {})
+        status = await self.client.result(pending)
+        took.append(pending.ms)
+        return status
+
+    async def working_ms(self, texts: list[str]) -> list[float]:
+        """What a status takes while the engine computes a cold prompt and writes, for each text."""
+        took: list[float] = []
+        for number, text in enumerate(texts):
+            name, buffer = f"pulse{number}.txt", Buffer(text)
+            self.open(name, "plaintext", buffer)
+            suggestion = self.suggest(name, end_of((0, 0), text), buffer)
+            while not suggestion.pending.future.done():
+                await self._pulse(took)
+                await asyncio.sleep(PULSE_SECONDS)
+        return took
 
     async def read_bandwidth(self) -> float:
         """Bytes per second that the server's device reads, measured by the server now."""

@@ -54,7 +54,13 @@ def facts(document: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(("cancel to idle", f"p50 {number(idle['p50'])} ms, p99 {number(idle['p99'])} ms until the engine rests"))
     start, trip = run["startup"], run["round_trip_ms"]
     lines.append(("round trip", f"p50 {number(trip['p50'])} ms, p99 {number(trip['p99'])} ms for a request that asks no model"))
+    held_up = {name: spread for name, spread in run["held_up_ms"].items() if spread}
+    lines.append(("event loop", "; ".join(f"while the model is {name}, another request waits p99 {number(spread['p99'])} ms, at most {number(spread['max'])} ms"
+                                          for name, spread in held_up.items())))
     lines.append(("start", f"initialize answered after {start['initialize_ms'] / 1e3:.2f} s, model ready after {start['ready_ms'] / 1e3:.1f} s"))
+    if (memory := run["memory"])["at_rest"]:
+        lines.append(("memory", f"{memory['at_rest'] / 1e6:.0f} MB at rest, {memory['after'] / 1e6:.0f} MB with the cache of the session; the "
+                                f"model's files have {memory['model'] / 1e6:.0f} MB"))
     for other in document["runs"][1:]:
         lines.append((other["name"], f"{other['measured']} requests measured in {other['seconds']:.0f} s; a cold prompt is "
                                      f"{_cold_tokens(other)} tokens there and {_cold_tokens(run)} here (p50)"))

@@ -108,7 +108,7 @@ def _source(session: Session, generation: Generation) -> str:
 
 def _waits_behind_others(session: Session, generation: Generation) -> bool:
     """Begun ahead it gives way to everything; now that somebody waits, what has no text yet had better begin again, urgently."""
-    if generation.owner is not None or generation.text:
+    if generation.owner is not None or generation.text or session.engine is None:
         return False
     status = session.engine.status()
     return status.running + status.waiting > 1
@@ -135,12 +135,14 @@ def _says_anything(prompt: FimPrompt) -> bool:
 
 def _params(session: Session, cursor: Cursor) -> SamplingParams:
     s = session.settings
-    stop = () if s.multiline and not cursor.place.after.strip(")]}>,; \t\"'`") else ("\n",)
+    stop = () if s.multiline and not cursor.place.inside_a_line else ("\n",)
     return SamplingParams(max_tokens=s.max_tokens, temperature=s.temperature, deadline_ms=float(s.deadline_ms), stop=stop)
 
 
 async def _submit(session: Session, prompt: FimPrompt, params: SamplingParams, priority: Priority) -> TokenStream:
     """Tokenizing takes a while, so a worker does it; a stream that comes after nobody wants it any more is closed."""
+    if session.engine is None:
+        raise EngineError("the model was closed meanwhile; another one is being loaded")
     submitted = asyncio.ensure_future(session.in_worker(session.engine.submit, prompt, params, priority))
     try:
         return await asyncio.shield(submitted)

@@ -56,10 +56,10 @@ def test_sampling_repeats_with_its_seed(engine):
 
 def test_deadline_and_async_iteration(real):
     async def collect():
-        stream = real.submit("def main():", SamplingParams(max_tokens=2000, deadline_ms=150, ignore_eos=True))
+        stream = real.submit("def main():", SamplingParams(max_tokens=8000, deadline_ms=150, ignore_eos=True))
         return "".join([piece async for piece in stream]), stream
     text, stream = asyncio.run(collect())
-    assert stream.stats.finish_reason == "deadline" and text == stream.text and stream.stats.total_ms < 1000
+    assert stream.stats.finish_reason == "deadline" and text == stream.text and 0 < len(stream.token_ids) < 8000
 
 
 def test_urgent_requests_overtake(real):
@@ -72,21 +72,22 @@ def test_urgent_requests_overtake(real):
 
 
 def test_closing_leaves_the_engine_idle_within_a_step_and_keeps_the_work(real):
-    waits = []
+    steps = []
     for number in range(6):
         text = f"# file {number}\n" + "".join(f"value_{i} = compute({i} + {number})\n" for i in range(60))
         stream = real.submit(text, SamplingParams(max_tokens=50, ignore_eos=True))
-        time.sleep(0.1)
-        begin = time.perf_counter()
+        while not stream.stats.computed_tokens:
+            time.sleep(0.001)
+        before = real.status().steps
         stream.close()
         for _ in stream:
             pass
-        waits.append(time.perf_counter() - begin)
+        steps.append(real.status().steps - before)
         assert real.status().running == real.status().waiting == 0
         again = real.generate(text, SamplingParams(max_tokens=1, ignore_eos=True))
         assert again.stats.reused_tokens > 0, "what was computed before the cancellation is reused"
-    print("cancel to idle, ms:", sorted(round(w * 1000, 1) for w in waits))
-    assert sorted(waits)[len(waits) // 2] < 1.0   # machines are noisy; the figure itself is printed and benchmarked
+    # A step may end between the question and the closing: most of the time none does.
+    assert sorted(steps)[len(steps) // 2] <= 1, steps
 
 
 def test_errors_name_the_thing(engine, tmp_path):

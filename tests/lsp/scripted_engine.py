@@ -16,6 +16,12 @@ INFO = EngineInfo(
     host_state_count=0)
 
 
+def _open_gate() -> threading.Event:
+    gate = threading.Event()
+    gate.set()
+    return gate
+
+
 @dataclass
 class Script:
     """What the engine does. `answers` are given in turn, the last one for ever; `token_seconds` pass before each character."""
@@ -24,6 +30,7 @@ class Script:
     token_seconds: float = 0.0
     load_seconds: float = 0.0
     load_error: str | None = None
+    gate: threading.Event = field(default_factory=_open_gate)   # while it is closed, whoever calls the engine waits
     submit_error: str | None = None
     fim: bool = True
     context: int = 4096
@@ -41,7 +48,7 @@ class ScriptedEngine:
     """The part of Engine that lsp_server uses. A token is a character in answers, four of them in prompts."""
 
     def __init__(self, script: Script):
-        self.script, self.asked, self.closed = script, [], False
+        self.script, self.asked, self.closed, self.waiting = script, [], False, 0
         self.info = EngineInfo(**{**INFO.__dict__, "fim": script.fim, "context": script.context})
         self._answers = list(script.answers)
 
@@ -51,6 +58,7 @@ class ScriptedEngine:
         def open_engine(model: str, *, progress, **options) -> ScriptedEngine:
             progress(LoadProgress("load", 1, 2, "half"))
             time.sleep(script.load_seconds)
+            script.gate.wait()
             if script.load_error:
                 raise EngineError(script.load_error)
             progress(LoadProgress("ready", 1, 1, "all"))
@@ -59,6 +67,9 @@ class ScriptedEngine:
         return open_engine
 
     def submit(self, prompt: Prompt, params: SamplingParams = SamplingParams(), priority: Priority = Priority.COMPLETION) -> TokenStream:
+        self.waiting += 1
+        self.script.gate.wait()
+        self.waiting -= 1
         if self.script.submit_error:
             raise EngineError(self.script.submit_error)
         stream = TokenStream(lambda: None)
@@ -95,6 +106,7 @@ class ScriptedEngine:
         return EngineStatus(**nothing | {"running": running, "last_error": None})
 
     def close(self) -> None:
+        self.script.gate.wait()
         self.closed = True
         for asked in self.asked:
             asked.stream.close()

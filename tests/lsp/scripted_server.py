@@ -1,12 +1,14 @@
 """An LSP server that answers by the book and without a model, for tests of the bench's client side.
 
 Suggests "ABCDEF" everywhere, remembers it for typing along, reports made-up but fixed counts, and writes the text of every document
-to the file named by its argument when it is told to exit. `--die` makes it exit at the first suggestion, `--fail` load no model.
+to the file named by its argument when it is told to exit. `--die` makes it exit at the first suggestion, `--fail` load no model,
+`--hold` block for a while as it loads.
 """
 
 import json
 import sys
 from pathlib import Path
+from time import sleep
 
 SUGGESTION = "ABCDEF"
 texts: dict[str, str] = {}
@@ -46,9 +48,11 @@ def status(params: dict) -> dict:
     polls += 1
     if "--fail" in sys.argv:
         return {"state": "error", "error": "no such model: toy"}
+    if polls == 2 and "--hold" in sys.argv:
+        sleep(0.2)
     if polls < 3:
         return {"state": "loading", "progress": {"stage": "load", "done": 1, "total": 2, "detail": "toy"}}
-    info = {"name": "toy", "weight_bytes": 99_000_000, "activations": "q8", "device": "cpu", "device_name": "Toy CPU",
+    info = {"name": "toy", "weight_bytes": 99_000_000, "activations": "q8", "device": "cpu", "device_name": "Toy CPU", "path": __file__,
             "page_bytes": 160_000, "page_size": 16}
     return {"state": "ready", "info": info, "engine": {"running": 0, "waiting": 0}, "last": dict(last)}
 

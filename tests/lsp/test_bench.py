@@ -135,11 +135,19 @@ def test_command_prints_a_table_and_writes_json_and_html(scripted, short, tmp_pa
     assert run["kinds"]["same line"]["requests"] == 3 and run["kinds"]["same line"]["reused_tokens"]["p50"] == 90
     assert run["decode_tokens_per_second"] == pytest.approx(200.0)
     assert document["roof"] == {"read_gb_per_second": 40.0, "decode_gb_per_second": pytest.approx(20.011), "share": pytest.approx(0.500275)}
+    assert run["memory"]["at_rest"] > 1 << 20 and run["memory"]["model"] == SCRIPTED.stat().st_size and "at rest" in out
+    assert run["held_up_ms"]["working"]["p50"] > 0 and "event loop" in out
     html = (tmp_path / "r.html").read_text()
     assert html == page.render(document)
     for svg in html.split("<svg")[1:]:
         ElementTree.fromstring("<svg" + svg.split("</svg>")[0] + "</svg>")
     assert "http" not in html, "the page must not need a network"
+
+
+def test_an_event_loop_that_is_blocked_is_seen(scripted, short, tmp_path):
+    scripted.append("--hold")
+    assert command.main(["--trace", str(short), "--json", str(tmp_path / "r.json")]) == 0
+    assert json.loads((tmp_path / "r.json").read_text())["runs"][0]["held_up_ms"]["loading"]["max"] >= 190
 
 
 def test_a_server_that_dies_is_named_with_its_last_words(scripted, short, capsys):
