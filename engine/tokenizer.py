@@ -31,7 +31,7 @@ _MOST_IDS = 4 << 20
 # GLM's end a piece behind the last line break of white space, whatever follows.
 _BEFORE_BREAKS, _BEHIND_BREAKS, _NOWHERE = re.compile(r"(?<=\S)(?=[\r\n])"), re.compile(r"(?<=[\r\n])(?=[ \t]*\S)"), re.compile(r"(?!)")
 _CUTS = {_GPT2: _BEFORE_BREAKS, _QWEN2: _BEHIND_BREAKS, _GLM4: _BEHIND_BREAKS}
-_HELD = 8 << 20   # characters of lines whose ids are kept
+_HELD = 1 << 20   # characters of lines whose ids are kept: some hundred prompts
 
 
 @lru_cache(1)
