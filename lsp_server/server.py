@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from functools import wraps
+from inspect import isgeneratorfunction
 from typing import Any
 
 from lsprotocol import types
@@ -275,9 +277,6 @@ class Server(LanguageServer):
 
 def _plain(function: Any) -> Any:
     """pygls names handlers by attributes that bound methods cannot carry."""
-    from functools import wraps
-    from inspect import isgeneratorfunction
-
     if isgeneratorfunction(function):
         @wraps(function)
         def generator(*arguments: Any):

@@ -9,8 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import takewhile
 
 _CLOSERS, _QUOTES = ")]}>,;", "\"'`"
+_LONG = 24   # characters of a line that nobody writes twice in a row
 _STRING = re.compile(r"""(["'`])(?:\\.|(?!\1)[^\\\n])*\1""")
 _CONTINUES = re.compile(r"[)\]}]|(?:else|elif|except|finally|catch|case|default|end)\b")
 
@@ -109,15 +111,14 @@ def end_of_block(text: str, place: Place) -> str:
 
 
 def no_loops(text: str, place: Place) -> str:
-    """A small model that repeats itself is cut at the first line that comes a third time."""
+    """A small model that repeats itself is cut: where a line comes a third time, a short or a long one as soon as that is no accident."""
     seen: dict[str, int] = {}
     lines = text.split("\n")
     for number, line in enumerate(lines):
         key = line.strip()
-        if len(key) < 4:
-            continue
         seen[key] = seen.get(key, 0) + 1
-        if seen[key] > 2:
+        in_a_row = sum(1 for _ in takewhile(lambda other: other.strip() == key, reversed(lines[:number])))
+        if len(key) >= 4 and seen[key] > 2 or len(key) >= _LONG and in_a_row or key.strip(_CLOSERS) and in_a_row > 1:
             return "\n".join(lines[:number])
     return text
 
@@ -166,8 +167,9 @@ def no_repeat_of_the_lines_below(text: str, place: Place) -> str:
 
 
 def no_lone_closers(text: str, place: Place) -> str:
-    """Closing brackets alone are what the editor types by itself."""
-    return "" if not text.strip(_CLOSERS + " \t\n") else text
+    """Closing brackets alone are what the editor types by itself, and lines without a word say nothing."""
+    alone = not text.strip(_CLOSERS + " \t\n") or "\n" in text.strip() and not re.search(r"\w", text)
+    return "" if alone else text
 
 
 def no_trailing_space(text: str, place: Place) -> str:
@@ -182,11 +184,13 @@ RULES: tuple[Callable[[str, Place], str], ...] = (
 
 
 def _closed_at(text: str, place: Place) -> int | None:
-    """Where text closes the bracket or quote that is closed right behind the cursor, if nothing else but closing stands there."""
+    """Where text closes the bracket or quote that is closed right behind the cursor."""
     rest = place.after.strip()
-    if not rest or rest[0] in ",;" or rest.strip(_CLOSERS + _QUOTES):
+    if not rest or rest[0] not in _CLOSERS + _QUOTES or rest[0] in ",;":
         return None
     if rest[0] in _QUOTES:
+        if place.before.count(rest[0]) % 2 == 0:
+            return None   # it opens
         found = re.search(rf"(?<!\\){rest[0]}", text)
         return found and found.start()
     pairs = {"(": ")", "[": "]", "{": "}"} | ({"<": ">"} if rest[0] == ">" else {})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import time
 
 import pytest
@@ -128,3 +130,19 @@ def test_a_closed_engine_says_so():
     assert stream.done
     with pytest.raises(EngineError, match="closed"):
         engine.submit(PROMPT, SamplingParams(max_tokens=1))
+
+
+def test_no_array_library_is_needed():
+    """Scoring, generating and reading logits, in a process that could not import one."""
+    script = f"""
+import sys
+sys.modules["numpy"] = sys.modules["torch"] = None
+from inference_pio.engine import Engine, SamplingParams, TokenPrompt
+with Engine.open({str(GOLDEN / "llama")!r}, device="cpu", context=64) as engine:
+    logits = engine.score([5, 6, 7])
+    best = max(range(logits.shape[1]), key=logits.row(2).__getitem__)
+    assert (best,) == engine.generate(TokenPrompt((5, 6, 7)), SamplingParams(max_tokens=1, ignore_eos=True)).token_ids
+    print(logits.shape, len(logits.data))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "(3, 512) 1536\n", done.stderr
