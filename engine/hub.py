@@ -15,6 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from errno import EACCES, EDQUOT, ENOSPC, EROFS
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -138,6 +139,9 @@ def _from_hugging_face(repository: str, progress: Progress) -> Path:
     except DownloadFailed:
         raise
     except Exception as error:
+        if getattr(error, "errno", None) in (ENOSPC, EDQUOT, EROFS, EACCES):
+            raise DownloadFailed(f"{repository} could not be written: {_first_line(error)}. Is the disk full, or the cache folder not writable? "
+                                 "What was fetched is kept, the next start goes on from there") from None
         raise DownloadFailed(f"{repository} could not be fetched: {_first_line(error)}. Check the name and the network, or give a folder or "
                              "a .gguf file instead") from None
 

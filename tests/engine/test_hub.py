@@ -260,6 +260,24 @@ def test_a_repository_that_is_gone_or_holds_no_model(hugging_face):
         hub.locate("owner/model")
 
 
+def test_a_full_disk_keeps_what_was_fetched(hugging_face, monkeypatch):
+    open_, blobs = open, 0
+
+    def full(path, mode="r", *arguments, **options):
+        nonlocal blobs
+        if "w" in mode or "a" in mode:
+            blobs += "incomplete" in str(path)
+            if blobs > 1:
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return open_(path, mode, *arguments, **options)
+
+    monkeypatch.setattr("builtins.open", full)
+    monkeypatch.setattr("pathlib.Path.open", lambda path, *a, **o: full(path, *a, **o))
+    with pytest.raises(DownloadFailed, match="owner/model could not be written.*No space left.*disk full"):
+        hub.locate("owner/model")
+    monkeypatch.undo()
+
+
 def test_no_network(hugging_face):
     hugging_face.shutdown()
     hugging_face.server_close()
