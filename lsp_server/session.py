@@ -127,8 +127,11 @@ class Session:
     # ---- what runs for a document ----------------------------------------------------------------------------------------
 
     def supersede(self, cursor: Cursor) -> int:
-        """A newer request: the document's older one is answered with nothing. Gives the new request's number."""
+        """A newer request: the document's older one is answered with nothing. Gives the new request's number. What would follow a
+        suggestion in another document is wanted no more: whoever asks here does not look there."""
         uri = cursor.document.uri
+        for other in [u for u in self.prefetched if u != uri]:
+            self.stop_prefetch(other)
         self.asked[uri] = cursor.document
         self.latest[uri] = self.latest.get(uri, 0) + 1
         return self.latest[uri]

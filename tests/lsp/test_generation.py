@@ -314,3 +314,11 @@ async def test_nothing_is_written_behind_a_suggestion_that_is_gone_or_where_nobo
     await prefetch(editor.session, editor.cursor, "6")
     assert len(editor.engine.streams) == 1
 
+
+async def test_asking_in_another_document_stops_what_would_follow_here(editor):
+    ahead = await shown(editor, "four")
+    other = editor.session.documents.open("untitled:b.py", "python", 1, "y = ")
+    request = asyncio.create_task(complete(editor.session, Cursor(other, 4)))
+    (await editor.streams(3))[-1].end()
+    await request
+    assert ahead.closed and not editor.session.prefetched
