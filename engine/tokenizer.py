@@ -8,7 +8,8 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
@@ -34,6 +35,17 @@ _CUTS = {_GPT2: _BEFORE_BREAKS, _QWEN2: _BEHIND_BREAKS, _GLM4: _BEHIND_BREAKS}
 _HELD = 1 << 20   # characters of lines whose ids are kept: some hundred prompts
 
 
+@contextmanager
+def _panics_are_errors(where: str) -> Iterator[None]:
+    """The library is written in Rust, and a panic there is not even an Exception here."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise BadCheckpoint(f"{where}: its tokenizer is damaged: {error}") from None
+
+
 @lru_cache(1)
 def _byte_of() -> dict[str, int]:
     """The byte alphabet of GPT-2: printable characters stand for themselves, other bytes for code points from 256 on."""
@@ -46,8 +58,9 @@ class Tokenizer:
     """vocabulary: ids are below it. special: text -> id of the tokens that are no text."""
 
     def __init__(self, encoder_json: Mapping[str, Any], special: dict[str, int], where: str):
-        self.special = special
-        self._encoder = Encoder.from_str(json.dumps(encoder_json))
+        self.special, self._where = special, where
+        with _panics_are_errors(where):
+            self._encoder = Encoder.from_str(json.dumps(encoder_json))
         self._cut = _cut(encoder_json)
         self._lines: dict[str, list[int]] = {}
         self._held = 0
@@ -136,7 +149,9 @@ class Tokenizer:
                 lines = self._lines = {}
                 self._held, fresh = 0, list(dict.fromkeys(pieces))
             self._held += size
-            lines.update(zip(fresh, [found.ids for found in self._encoder.encode_batch_fast(fresh)]))
+            with _panics_are_errors(self._where):
+                found = self._encoder.encode_batch_fast(fresh)
+            lines.update(zip(fresh, [encoding.ids for encoding in found]))
         return list(chain.from_iterable(map(lines.__getitem__, pieces)))
 
     def encode_with_special(self, text: str, escape: str = "") -> list[int]:

@@ -9,7 +9,7 @@ import struct
 from contextlib import contextmanager
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoints import GOLDEN, write_gguf
@@ -19,7 +19,7 @@ from inference_pio.engine.gguf import open_gguf
 from inference_pio.engine.safetensors import open_file, open_folder
 from inference_pio.engine.tokenizer import Tokenizer
 
-FUZZ = settings(max_examples=400, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=400)
 ODD_NUMBERS = st.sampled_from([0, 1, 7, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63 - 1, 2**63, 2**64 - 1])
 # JSON of every kind, with the sizes that overflow something somewhere.
 JSON = st.recursive(st.none() | st.booleans() | ODD_NUMBERS | st.integers(-3, 10) | st.floats() | st.text(max_size=8)
@@ -141,7 +141,7 @@ def test_config_json(tmp_path, model):
     shutil.copy(source / "model.safetensors", tmp_path)
     config = json.loads((source / "config.json").read_text())
 
-    @settings(FUZZ, max_examples=150, deadline=None)
+    @settings(FUZZ, max_examples=150)
     @given(st.dictionaries(st.sampled_from([*config]), JSON, min_size=1, max_size=2), st.booleans())
     def run(changes, left_out):
         fields = {k: v for k, v in config.items() if k not in changes} if left_out else {**config, **changes}
@@ -155,7 +155,7 @@ def test_config_json(tmp_path, model):
 def test_gguf_that_starts(tmp_path, architecture):
     content = write_gguf(architecture, tmp_path / "m.gguf").read_bytes()
 
-    @settings(FUZZ, max_examples=200, deadline=None)
+    @settings(FUZZ, max_examples=200)
     @given(damaged(content, 1000))
     def run(data):
         (tmp_path / "m.gguf").write_bytes(data)

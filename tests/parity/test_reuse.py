@@ -119,14 +119,14 @@ def play(warm: Engine, cold: Engine, session: list[Edit]) -> None:
 
 
 @given(session=SESSION)
-@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=500, suppress_health_check=list(HealthCheck))
 def test_warm_equals_cold(engines, session):
     play(*engines, session)
 
 
 @pytest.mark.slow
 @given(session=SESSION)
-@settings(max_examples=20_000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20_000, suppress_health_check=list(HealthCheck))
 def test_warm_equals_cold_for_long(engines, session):
     play(*engines, session)
 
@@ -167,7 +167,7 @@ CROWD = st.lists(st.tuples(st.integers(0, 2), st.integers(1, LONGEST), st.intege
 
 
 @given(crowd=CROWD)
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, suppress_health_check=list(HealthCheck))
 def test_a_crowd_that_takes_pages_from_each_other_loses_none(engines, crowd):
     """Of three documents beginnings of any length are asked for at the same time; some of the requests are closed at once."""
     warm, cold = engines
