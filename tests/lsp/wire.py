@@ -14,7 +14,7 @@ from scripted_engine import Script, ScriptedEngine
 from inference_pio.lsp_server.server import Server
 from inference_pio.lsp_server.settings import Settings
 
-PATIENCE = 15.0
+PATIENCE = 60.0   # seconds until something counts as hanging, on a machine that does other things, too
 URI = "file:///tmp/pio-test/a.py"
 
 
