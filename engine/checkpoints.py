@@ -75,7 +75,7 @@ class Checkpoints:
 
     def begin(self, sequence: Sequence, checkpoint: Checkpoint | None, position: int) -> bool:
         """The sequence starts from a checkpoint behind `position` tokens, or from nothing. False if there is no slot to bring it to."""
-        ends = (index + 1 for index, token in enumerate(sequence.ids) if token in self.boundaries)
+        ends = [index + 1 for index, token in enumerate(sequence.ids) if token in self.boundaries]
         sequence.marks = marks(len(sequence.ids), ends)
         return checkpoint is None or self._take_up(sequence, checkpoint, position)
 
