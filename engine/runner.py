@@ -29,7 +29,7 @@ class Row(NamedTuple):
     ids: Items[int]
     first: int
     count: int
-    pages: Items[int]
+    pages: array[int]
     logits: int   # how many of the last tokens give logits
     start: int = -1   # slot of the state before them, -1: zeros
     keep: Mapping[int, int] = MappingProxyType({})   # row (0: the first of these tokens) -> slot
@@ -65,6 +65,7 @@ class Runner:
         self._ids = backend.tensor((MOST_ROWS,), DType.I32)
         self._positions = backend.tensor((MOST_ROWS,), DType.I32)
         self._sampling = backend.tensor((MOST_ROWS, 32), DType.U8)
+        self._sampled = b""   # what it holds
         self._allowed = backend.tensor((MOST_ROWS, self._words), DType.U32)
         self._history = backend.tensor((MOST_ROWS, HISTORY), DType.I32)
         self._lengths = backend.tensor((MOST_ROWS,), DType.I32)
@@ -133,7 +134,7 @@ class Runner:
             for row, slot in keep.items():
                 staging[fields["states_out"] + at + row] = slot
             place = fields["page_table"] + index * self._max_pages
-            staging[place:place + len(pages)] = array("i", pages)
+            staging[place:place + len(pages)] = pages
             if count == 1:
                 staging[ids + at], staging[positions + at], staging[sequences + at] = tokens[first], first, index
                 staging[slots + at] = pages[first // PAGE_SIZE] * PAGE_SIZE + first % PAGE_SIZE
@@ -155,15 +156,21 @@ class Runner:
             staging[fields["states_in"] + index] = staging[fields["states_out"] + at] = -1
             at += 1
         staging[fields["query_starts"] + b] = at
-        self.backend.copy_in_async(self._batch.block, self._staging)
+        self.backend.copy_in_async(self._batch.block, staging[:fields["page_table"] + b * self._max_pages])   # the last field, as far as it is used
 
     # ---- from logits to tokens -------------------------------------------------------------------------------------------
 
+    def prepare(self, sequences: list[Sequence]) -> None:
+        """Upload what `sample` will need of these sequences, before the forward, so that nothing stands between the two."""
+        self.backend.copy_in(self._positions, array("i", [len(s.ids) for s in sequences]))
+        sampling = b"".join(s.sampling for s in sequences)
+        if sampling != self._sampled:
+            self.backend.copy_in(self._sampling, sampling)
+            self._sampled = sampling
+
     def sample(self, logits: Tensor, sequences: list[Sequence], allowed: Callable[[Sequence], bytes | None]) -> list[int]:
-        """The next token of each sequence, whose logits are the first rows. Waits for the step."""
+        """The next token of each sequence, whose logits are the first rows and for which `prepare` was called. Waits for the step."""
         n, backend = len(sequences), self.backend
-        backend.copy_in(self._sampling, b"".join(s.sampling for s in sequences))
-        backend.copy_in(self._positions, array("i", [len(s.ids) for s in sequences]))
         masks = [allowed(s) for s in sequences]
         masked = any(mask is not None for mask in masks)
         if masked or self._vocabulary < self._v or any(s.penalised for s in sequences):

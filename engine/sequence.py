@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -47,7 +48,7 @@ class Sequence:
     required: bytes = b""
     prompt_length: int = 0
     computed: int = 0
-    pages: list[int] = field(default_factory=list)
+    pages: array[int] = field(default_factory=lambda: array("i"))   # as the batch wants them
     started: bool = False
     states: list[HeldState] = field(default_factory=list)   # of a model with recurrent layers; the last is the current one
     marks: list[int] = field(default_factory=list)          # positions at which the state should be kept
@@ -60,6 +61,7 @@ class Sequence:
         self.sampling = struct.pack("5fiQ", p.temperature, p.top_p, p.min_p, p.repetition_penalty, p.presence_penalty, p.top_k, p.seed)
         self.penalised = p.repetition_penalty != 1.0 or p.presence_penalty != 0.0
         self._decoder, self._stops = StreamDecoder(), StopTexts(p.stop)
+        self._drawn: tuple[int, str] | None = None   # not in the stream yet
 
     @property
     def waiting_tokens(self) -> int:
@@ -71,8 +73,7 @@ class Sequence:
         return self.params.max_tokens > 0
 
     def accept(self, token: int) -> str | None:
-        """The next token was drawn. Gives the reason if it ended the answer."""
-        stream = self.stream
+        """The next token was drawn. Gives the reason if it ended the answer. The stream has it when `deliver` was called."""
         if token in self.stop_ids and not self.params.ignore_eos:
             return "stop"
         self.ids.append(token)
@@ -82,10 +83,16 @@ class Sequence:
             typed = min(len(self.required), len(data))
             self.required, data = self.required[typed:], data[typed:]
         text, stopped = self._stops.feed(self._decoder.feed(data))
-        stream.put(token, text)
+        self._drawn = token, text
         if stopped:
             return "stop"
-        return "length" if stream.stats.generated_tokens >= self.params.max_tokens else None
+        return "length" if len(self.ids) - self.prompt_length >= self.params.max_tokens else None
+
+    def deliver(self) -> None:
+        """Give the stream what was drawn."""
+        if self._drawn is not None:
+            self.stream.put(*self._drawn)
+            self._drawn = None
 
     def finish(self, reason: str) -> None:
         """End the stream, with the text that was held back in case it became a stop text."""

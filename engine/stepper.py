@@ -5,6 +5,7 @@ Everything here happens on the step thread, except `status`, which may be asked 
 
 from __future__ import annotations
 
+from array import array
 from time import perf_counter
 
 from inference_pio.engine.checkpoints import COUNTS, Checkpoints, HostTier
@@ -32,6 +33,7 @@ class Stepper:
         self._scheduler = Scheduler(runner.most_tokens(runner.backend), MOST_ROWS)
         self._steps = self._reused = self._computed = self._recomputed = self._generated = 0
         self._last_error: str | None = None
+        self._drawn: list[Sequence] = []     # whose newest token is not in their streams yet
 
     @property
     def idle(self) -> bool:
@@ -62,7 +64,7 @@ class Stepper:
         if self._pool.free < needed:
             raise EngineError("there are no free pages to score in: wait for the requests that run")
         slot = self._checkpoints.take() if self._checkpoints else None
-        pages, out = [self._pool.take() for _ in range(needed)], bytearray(4 * len(ids) * v)
+        pages, out = array("i", [self._pool.take() for _ in range(needed)]), bytearray(4 * len(ids) * v)
         try:
             for first in range(0, len(ids), chunk):
                 count = min(chunk, len(ids) - first)
@@ -83,6 +85,7 @@ class Stepper:
                 self._finish(sequence, "closed")
             else:
                 self._scheduler.remove(sequence)
+                sequence.deliver()
                 sequence.stream.end("error", error=error)
         self._last_error = str(error) if error else self._last_error
 
@@ -102,6 +105,8 @@ class Stepper:
             work = [w for w in work if w.sequence.started]
             if work:
                 self._compute(work)
+            else:
+                self._deliver()
         except DeviceFailed:
             raise
         except Exception as error:   # a defect must not take the server with it
@@ -127,7 +132,7 @@ class Stepper:
         match = self._cache.match(sequence.ids[:-1])
         for page in match.pages:
             self._pool.hold(page)
-        sequence.pages = list(match.pages)
+        sequence.pages = array("i", match.pages)
         sequence.computed = len(match.pages) * PAGE_SIZE
         if self._checkpoints and not self._checkpoints.begin(sequence, match.checkpoint, sequence.computed + match.partial):
             self._release(sequence)               # the state stays where it is, and this request computes it again
@@ -158,7 +163,7 @@ class Stepper:
                     f"{sequence.computed + count} tokens do not fit into the cache of {self._pool.usable * PAGE_SIZE}: "
                     "open the model with more memory or shorten the prompt"))
             return False
-        sequence.pages += [self._pool.take() for _ in range(needed)]
+        sequence.pages.extend(self._pool.take() for _ in range(needed))
         return True
 
     def _provide_states(self, sequence: Sequence, count: int) -> bool:
@@ -193,7 +198,10 @@ class Stepper:
         ready = [w for w in work if w.count == w.sequence.waiting_tokens and w.sequence.wants_logits]
         others = [w for w in work if w not in ready]
         rows = [Row(s.ids, s.computed, count, s.pages, int(w in ready), *s.keep) for w in ready + others for s, count in (w,)]
+        if ready:
+            self._runner.prepare([s for s, _ in ready])
         logits = self._runner.forward(rows)
+        self._deliver()
         for row, s in enumerate(s for s, _ in ready):
             if s.params.keep_logits and s.stream.first_logits is None:
                 s.stream.first_logits = self._runner.row_of(logits, row)
@@ -216,9 +224,20 @@ class Stepper:
         for (sequence, _), token in zip(ready, tokens):
             if reason := sequence.accept(token):
                 self._finish(sequence, reason)
+            else:
+                self._drawn.append(sequence)
+        if not self._runner.backend.asynchronous:
+            self._deliver()
         for sequence, _ in others:
             if sequence.waiting_tokens == 0:
                 self._finish(sequence, "length")
+
+    def _deliver(self) -> None:
+        """Hand out the tokens of the step before. Where a device computes on its own this is done while it does, because waking those
+        who wait for a token takes longer than anything else between two steps."""
+        for sequence in self._drawn:
+            sequence.deliver()
+        self._drawn.clear()
 
     def _allowed(self, sequence: Sequence) -> bytes | None:
         return self._tokenizer.allowed(sequence.required, self._runner.mask_words) if sequence.required and self._tokenizer else None
@@ -232,11 +251,12 @@ class Stepper:
             self._checkpoints.release(sequence)
         for page in sequence.pages:
             self._pool.release(page)
-        sequence.pages = []
+        sequence.pages = array("i")
 
     def _finish(self, sequence: Sequence, reason: str, error: EngineError | None = None) -> None:
         self._scheduler.remove(sequence)
         self._release(sequence)
+        sequence.deliver()
         if error is not None:
             self._last_error = str(error)
             sequence.stream.end(reason, error=error)

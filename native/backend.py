@@ -44,6 +44,7 @@ class Backend:
         self.ffi, self.lib = library.load(kind)
         self.kind, self.index = kind, index
         self.device = "cpu" if kind == "cpu" else f"cuda:{index}"
+        self.asynchronous = kind != "cpu"   # ops run on after their calls have returned
         self.recording: list[tuple] | None = None
         self._owned: dict[int, int] = {}    # address -> bytes
         self._pinned: dict[int, int] = {}

@@ -146,3 +146,29 @@ with Engine.open({str(GOLDEN / "llama")!r}, device="cpu", context=64) as engine:
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout == "(3, 512) 1536\n", done.stderr
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_tokens_are_handed_out_before_anybody_waits(asynchronous):
+    """At once where a step runs to its end; else while the next one runs, so that the device never waits for readers."""
+    greedy = SamplingParams(max_tokens=6, ignore_eos=True)
+    with Engine.open(GOLDEN / "qwen3", device="cpu") as engine:
+        expected = engine.generate(PROMPT, greedy).token_ids
+        stepper, seen = engine._stepper, []
+        runner = stepper._runner
+        runner.backend.asynchronous = asynchronous
+        forward, sample = runner.forward, runner.sample
+
+        def watched(what, function):
+            def call(*arguments):
+                seen.append((what, len(stepper._scheduler.sequences[0].stream.token_ids)))
+                return function(*arguments)
+            return call
+        runner.forward, runner.sample = watched("forward", forward), watched("sample", sample)
+        stream = engine.submit(PROMPT, greedy)
+        for _ in stream:
+            pass
+        assert stream.token_ids == expected and len(expected) == 6
+        steps = range(len(expected))
+        assert [n for what, n in seen if what == "sample"] == list(steps)
+        assert [n for what, n in seen if what == "forward"][-len(expected):] == [max(0, n - asynchronous) for n in steps]
