@@ -132,14 +132,15 @@ def quantize(checkpoint: Checkpoint, weights: str, backend: Backend, progress: C
 def plan(checkpoint: Checkpoint, backend: Backend, activations: str, memory: int | None, context: int | None,
          checkpoints: int | None, host_checkpoints: int | None = None) -> Plan:
     """Fits weights and pages into the budget, or OutOfMemory with what would help."""
-    quantised = any(t.dtype is not None and t.dtype not in (DType.F32, DType.F16, DType.BF16) for t in checkpoint.tensors.values())
+    cpu, formats = backend.kind == "cpu", {t.dtype for t in checkpoint.tensors.values() if t.dtype is not None}
     if activations == "auto":
-        activations = ("q8" if quantised else "f32") if backend.kind == "cpu" else "bf16"
+        quantised = formats - {DType.F32, DType.F16, DType.BF16}
+        activations = "bf16" if not cpu else "q8" if quantised else "bf16" if DType.BF16 in formats else "f32"
     if activations not in _ACTIVATIONS:
         raise ValueError(f"activations must be auto, f32, bf16 or q8, not {activations!r}")
     rounding = _ACTIVATIONS[activations]
-    storage = DType.BF16 if rounding == DType.BF16 or backend.kind != "cpu" and rounding == DType.Q8_0 else DType.F32
-    cache_dtype = {DType.F32: DType.F32, DType.BF16: DType.BF16, DType.Q8_0: DType.BF16 if storage == DType.BF16 else DType.F16}[rounding]
+    storage = DType.F32 if cpu or rounding == DType.F32 else DType.BF16   # a CPU computes in f32 and rounds the inputs of products
+    cache_dtype = DType.F32 if rounding == DType.F32 else DType.F16 if cpu else DType.BF16
     page_bytes = Runner.page_bytes(checkpoint.plugin, checkpoint.config, cache_dtype)
     context = min(context or min(checkpoint.context, CONTEXT), checkpoint.context)
     weights = sum(t.nbytes for t in checkpoint.tensors.values())

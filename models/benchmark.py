@@ -94,11 +94,11 @@ class Bench:
     def __init__(self, plugin: ModelPlugin, config: Any, device: str, threads: int, dtype: DType, activations: DType, context: int):
         self.backend = backend = Backend.open(device, threads)
         self.plugin, self.config = plugin, config
-        self.storage = DType.BF16 if backend.kind != "cpu" or activations == DType.BF16 else DType.F32
+        self.storage = DType.F32 if backend.kind == "cpu" else DType.BF16
         self.source = RandomSource(backend, dtype, activations)
         self.weights = plugin.load(config, self.source, backend)
         layout, self.most = plugin.cache_layout(config), 2048 if backend.kind != "cpu" else 512
-        cache_dtype = DType.BF16 if self.storage == DType.BF16 else DType.F16
+        cache_dtype = DType.F16 if backend.kind == "cpu" else DType.BF16
         self.max_pages = -(-context // PAGE) + 1
         self.pages = 16 * self.max_pages + 1 if backend.kind != "cpu" else 4 * self.max_pages + 1
         _, self.cache = backend.kv_cache(layout.layers, self.pages, layout.g, PAGE, layout.p, cache_dtype)
@@ -172,7 +172,7 @@ def main(plugin: ModelPlugin, config: Any, argv: Sequence[str] | None = None) ->
     dtype = next(d for d in DType if d.name.lower() == a.weights.lower())
     quantised = BLOCKS[dtype][0] > 1
     cpu = a.device == "cpu"
-    chosen = a.activations if a.activations != "auto" else "q8" if quantised else "f32" if cpu else "bf16"
+    chosen = a.activations if a.activations != "auto" else "q8" if quantised else "f32" if cpu and dtype != DType.BF16 else "bf16"
     activations = {"f32": DType.F32, "bf16": DType.BF16, "q8": DType.Q8_0}[chosen]
     count, steps = a.prompt or (512 if cpu else 2048), 20 if cpu else 100
     bench = Bench(plugin, config, a.device, a.threads, dtype, activations, max(a.context, a.cached, count) + 64)

@@ -18,10 +18,12 @@ __attribute__((constructor)) static void choose(void) {
     if (avx2 && (!most || strcmp(most, "c") != 0)) {
         tops_kernels_avx2(&table);
         tops_tiles_avx2(&table);
+        tops_float_tiles_avx2(&table);
     }
     if (avx512 && (!most || strcmp(most, "avx512") == 0)) {
         tops_kernels_avx512(&table);
         tops_tiles_avx512(&table);
+        if (__builtin_cpu_supports("avx512bf16")) tops_bf16_tile_avx512(&table);
     }
 #endif
 }

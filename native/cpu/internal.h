@@ -46,7 +46,7 @@ static inline void *scratch_take(tops_scratch *scratch, int64_t bytes) {
 #define REQUIRE_SCRATCH(pointer) \
     REQUIRE((pointer) != NULL, "scratch: reserve more (tops_stream_reserve), %lld bytes are too few", (long long)stream->scratch_bytes)
 
-/* ---- rows of activations, as the tiles read them: f32, and rounded to 8 bits where a weight asks for it ---- */
+/* ---- rows of activations, as the tiles read them: f32, and rounded to 8 bits or to bf16 where a weight asks for it ---- */
 typedef struct {
     float scale;              /* x = scale * code */
     float sum, half_sum[2];   /* scale * the sum of the codes, of all and by halves */
@@ -56,8 +56,10 @@ typedef struct {
 typedef struct {
     const float *f32;         /* [rows, cols] */
     const tops_q8 *q8;        /* [rows, cols / BLOCK] */
+    const uint16_t *bf16;     /* [rows, cols rounded up to pairs], for tile_bf16 */
     int64_t cols;
 } tops_rows;
+static inline int64_t bf16_pitch(int64_t cols) { return (cols + 1) / 2 * 2; }
 
 /* out [tokens, GROUP] = rows first .. first + tokens - 1 of x times one group of packed weight rows; fp8 scales by 128 columns */
 typedef void (*tops_tile)(float *out, const unsigned char *group, const tops_rows *x, int64_t first, int tokens, const float *scales);
@@ -83,12 +85,14 @@ static inline int dtype_slot(int dtype) { return dtype == TOPS_FP8_E4M3 ? 29 : d
 typedef struct {
     const char *name;
     tops_tile tile_f32[DTYPES], tile_q8[DTYPES];
+    tops_tile tile_bf16;      /* of bf16 weights and activations; null: tile_f32 does it */
     void (*rms_norm)(float *out, const float *x, const float *weight, int64_t d, float eps);
     void (*quantize_row)(tops_q8 *q, const float *x, int64_t cols);
     void (*silu_mul)(float *out, const float *gate, const float *up, int64_t count);
     void (*attend)(const tops_attention_item *item);
     void (*load_row)(float *out, const void *in, int dtype, int64_t count);
     void (*store_row)(void *out, const float *in, int dtype, int64_t count);
+    float (*maximum)(const float *x, int64_t count);   /* -inf for none; NaN is never larger */
     float (*sum_bytes)(const void *in, int64_t bytes);
     void (*convolve_silu)(float *out, const float *in, const float *w, int64_t taps, int64_t count);
     void (*delta_step)(float *o, float *memory, const float *q, const float *k, const float *v, float g, float beta, int64_t pk, int64_t pv);
@@ -100,6 +104,8 @@ void tops_kernels_avx2(tops_kernels *table);
 void tops_kernels_avx512(tops_kernels *table);
 void tops_tiles_avx2(tops_kernels *table);     /* the integer and float tiles that are written for them */
 void tops_tiles_avx512(tops_kernels *table);
+void tops_float_tiles_avx2(tops_kernels *table);
+void tops_bf16_tile_avx512(tops_kernels *table);   /* needs AVX512_BF16 */
 
 /* ---- packed weights ---- */
 bool tops_is_quantised(int dtype);

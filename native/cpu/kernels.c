@@ -15,7 +15,10 @@
 /* ---- rows ---- */
 static inline void load_halves(float *restrict out, const uint16_t *restrict in, int64_t count) {
     int64_t i = 0;
-#if defined(__F16C__)   /* compilers do not find this instruction in the loop below */
+#if defined(__AVX512F__)   /* compilers do not find these instructions in the loop below */
+    for (; i + 16 <= count; i += 16) _mm512_storeu_ps(out + i, _mm512_cvtph_ps(_mm256_loadu_si256((const void *)(in + i))));
+#endif
+#if defined(__F16C__)
     for (; i + 8 <= count; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const void *)(in + i))));
 #endif
     for (; i < count; i++) out[i] = float_of_f16(in[i]);
@@ -89,6 +92,24 @@ static float sum_bytes(const void *in, int64_t bytes) {
 
 #include "../ops/attention.kernels.h"
 #include "../ops/gated_delta_rule.kernels.h"
+
+static float maximum(const float *x, int64_t count) {
+    enum { ACROSS = 4 };
+    vec lane[ACROSS];
+    float most = -INFINITY;
+    int64_t i = 0;
+    for (int j = 0; j < ACROSS; j++) lane[j] = (vec){0} - INFINITY;
+    for (; i + ACROSS * LANES <= count; i += ACROSS * LANES)
+        for (int j = 0; j < ACROSS; j++) {
+            vec next;
+            memcpy(&next, x + i + j * LANES, sizeof next);
+            lane[j] = larger(next, lane[j]);
+        }
+    for (; i < count; i++) most = x[i] > most ? x[i] : most;
+    for (int j = 0; j < ACROSS; j++)
+        for (int k = 0; k < LANES; k++) most = lane[j][k] > most ? lane[j][k] : most;
+    return most;
+}
 
 /* ---- tiles ---- */
 
@@ -188,6 +209,7 @@ void KERNELS(tops_kernels *table) {
     table->load_row = load_row;
     table->store_row = store_row;
     table->sum_bytes = sum_bytes;
+    table->maximum = maximum;
     table->convolve_silu = convolve_silu;
     table->delta_step = delta_step;
 }

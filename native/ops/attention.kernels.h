@@ -91,6 +91,7 @@ static void transpose(float *out, const float *keys, int64_t width) {
         }
 }
 
+/* b where a is NaN */
 INLINE vec larger(vec a, vec b) {
     lanes greater = a > b;
     return (vec)(((lanes)a & greater) | ((lanes)b & ~greater));
@@ -151,6 +152,8 @@ static void load_positions(float *out, const void *cache, const tops_attention_i
     }
 }
 
+#include "attention_few.kernels.h"
+
 static void attend(const tops_attention_item *item) {
     int rows = item->tokens * item->heads;
     int64_t width = item->width;
@@ -160,6 +163,10 @@ static void attend(const tops_attention_item *item) {
         item->sum[r] = 0;
     }
     memset(item->out, 0, (size_t)(rows * width) * sizeof(float));
+    if (rows < FEW && item->p == width) {
+        attend_few(item);
+        return;
+    }
     for (int64_t at = item->from; at < item->until; at += CHUNK) {
         int64_t count = item->until - at < CHUNK ? item->until - at : CHUNK;
         load_positions(keys, item->kv->k, item, at, count);

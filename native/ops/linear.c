@@ -19,10 +19,10 @@ typedef struct {
     const float *norm;
     float eps;
     int dtype;
-    bool round;
     int64_t cols;
     float *f32;
     tops_q8 *q8;
+    uint16_t *bf16;
 } prepare_job;
 
 static void prepare_row(void *context, int64_t t) {
@@ -31,13 +31,11 @@ static void prepare_row(void *context, int64_t t) {
     float *row = job->f32 + t * cols;
     tops_cpu->load_row(row, (const unsigned char *)job->x + t * cols * (int64_t)storage_bytes(job->dtype), job->dtype, cols);
     if (job->norm) tops_cpu->rms_norm(row, row, job->norm, cols, job->eps);
-    if (job->round) {   /* in place: each value is read before the shorter one is written over it */
-        tops_cpu->store_row(row, row, TOPS_BF16, cols);
-        uint16_t *half = (uint16_t *)row;
-        for (int64_t i = cols - 1; i >= 0; i--) {
-            uint32_t bits = (uint32_t)half[i] << 16;
-            memcpy(row + i, &bits, 4);
-        }
+    if (job->bf16) {
+        uint16_t *half = job->bf16 + t * bf16_pitch(cols);
+        half[bf16_pitch(cols) - 1] = 0;
+        tops_cpu->store_row(half, row, TOPS_BF16, cols);
+        tops_cpu->load_row(row, half, TOPS_BF16, cols);
     }
     if (job->q8) tops_cpu->quantize_row(job->q8 + t * (cols / BLOCK), row, cols);
 }
@@ -58,6 +56,7 @@ static void finish(const linear_job *job, const float *tile, int64_t token, int 
 }
 
 static tops_tile tile_for(const tops_weight *w) {
+    if (w->activations == TOPS_BF16 && w->dtype == TOPS_BF16 && tops_cpu->tile_bf16) return tops_cpu->tile_bf16;
     bool integers = w->activations == TOPS_Q8_0 && tops_is_quantised(w->dtype);
     return integers ? tops_cpu->tile_q8[dtype_slot(w->dtype)] : tops_cpu->tile_f32[dtype_slot(w->dtype)];
 }
@@ -116,10 +115,14 @@ static int run(tops_stream *stream, void *out, const void *x, const float *norm,
     tops_scratch scratch = scratch_of(stream);
     float *f32 = scratch_take(&scratch, n * cols * 4);
     REQUIRE_SCRATCH(f32);
-    prepare_job prepare = {.x = x, .norm = norm, .eps = eps, .dtype = dtype, .round = round, .cols = cols, .f32 = f32};
+    prepare_job prepare = {.x = x, .norm = norm, .eps = eps, .dtype = dtype, .cols = cols, .f32 = f32};
     if (quantise) {
         prepare.q8 = scratch_take(&scratch, n * (cols / BLOCK) * (int64_t)sizeof *prepare.q8);
         REQUIRE_SCRATCH(prepare.q8);
+    }
+    if (round) {
+        prepare.bf16 = scratch_take(&scratch, n * bf16_pitch(cols) * 2);
+        REQUIRE_SCRATCH(prepare.bf16);
     }
     /* A wake-up of the team costs more than a few short rows. */
     if (n * cols < 16384) for (int64_t t = 0; t < n; t++) prepare_row(&prepare, t);
@@ -127,7 +130,7 @@ static int run(tops_stream *stream, void *out, const void *x, const float *norm,
 
     linear_job job = {.w = w, .parts = parts, .mode = mode, .out_dtype = out_dtype, .out = out, .n = n, .out_cols = mode == GATE_UP ? w->rows : rows,
                       .groups = mode == GATE_UP ? group_count(w->rows) : groups,
-                      .x = {f32, prepare.q8, cols}};
+                      .x = {f32, prepare.q8, prepare.bf16, cols}};
     int64_t shares = tops_team_threads(stream->team) * 8;
     job.chunk = (job.groups + shares - 1) / shares;
     tops_team_run(stream->team, (job.groups + job.chunk - 1) / job.chunk, run_chunk, &job);

@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "../cpu/internal.h"
+#include "../cpu/number.h"
 
 int tops_restrict_logits(tops_stream *stream, float *logits, const uint32_t *allowed, const tops_sampling *sampling,
                          const int32_t *history, const int32_t *lengths, int64_t n, int64_t v, int64_t vocabulary, int64_t capacity) {
@@ -53,18 +54,41 @@ static int descending(const void *a, const void *b) {
     return x->id < y->id ? -1 : x->id > y->id;
 }
 
-/* The tokens that top_k, top_p and min_p keep, in that order, of the distribution at this temperature (as transformers does). */
-static int64_t keep(candidate *kept, const float *row, int64_t v, const tops_sampling *s, float highest) {
+/* Below e-40 of the likeliest, nothing can be drawn in the lifetime of a machine; most answers are decided above e-10. */
+enum { LEAST = -40, LIKELY = -10 };
+
+/* The tokens above e^floor of the likeliest, what they weigh and what all of them weigh. */
+static int64_t above(candidate *kept, double *weight, double *total, const float *row, int64_t v, float temperature, float highest, int floor) {
     int64_t count = 0;
+    *weight = *total = 0;
     for (int64_t i = 0; i < v; i++) {
-        float x = (row[i] - highest) / s->temperature;
-        /* Below e-40 nothing can be drawn in the lifetime of a machine, and the sort stays short. */
-        if (x > -40) kept[count++] = (candidate){x, (int32_t)i};
+        float x = (row[i] - highest) / temperature;
+        if (!(x > LEAST)) continue;
+        double e = fast_exp(x);
+        *total += e;
+        if (x <= floor) continue;
+        *weight += e;
+        kept[count++] = (candidate){x, (int32_t)i};
     }
+    return count;
+}
+
+/* The tokens that top_k, top_p and min_p keep, in that order, of the distribution at this temperature (as transformers does). They are
+ * sorted, which for a whole vocabulary takes longer than a small model's step: mostly the likely tokens settle what is kept. */
+static int64_t keep(candidate *kept, const float *row, int64_t v, const tops_sampling *s, float highest) {
+    bool all = s->top_k <= 0 && s->top_p >= 1 && !(s->min_p > 0);
+    double weight, total, sum = 0;
+    int64_t count = above(kept, &weight, &total, row, v, s->temperature, highest, all ? LEAST : LIKELY);
+    if (all) return count;
+    bool settled = s->top_k > 0 ? count >= s->top_k
+                                : (s->top_p < 1 && weight >= s->top_p * total) || (s->min_p > 0 && logf(s->min_p) > LIKELY);
+    if (!settled) count = above(kept, &weight, &total, row, v, s->temperature, highest, LEAST);
     qsort(kept, (size_t)count, sizeof *kept, descending);
-    if (s->top_k > 0 && count > s->top_k) count = s->top_k;
-    double total = 0, sum = 0;
-    for (int64_t i = 0; i < count; i++) total += exp(kept[i].logit);
+    if (s->top_k > 0) {
+        if (count > s->top_k) count = s->top_k;
+        total = 0;
+        for (int64_t i = 0; i < count; i++) total += exp(kept[i].logit);
+    }
     if (s->top_p < 1) {
         int64_t i = 0;
         while (i < count && sum < s->top_p * total) sum += exp(kept[i++].logit);
@@ -72,6 +96,22 @@ static int64_t keep(candidate *kept, const float *row, int64_t v, const tops_sam
     }
     while (s->min_p > 0 && count > 1 && kept[count - 1].logit < logf(s->min_p)) count--;
     return count;
+}
+
+/* The first of the largest, by parts, so that only one is gone through twice. */
+static int64_t largest(const float *row, int64_t v) {
+    enum { PART = 1024 };
+    float highest = -INFINITY;
+    int64_t best = 0;
+    for (int64_t first = 0; first < v; first += PART) {
+        float most = tops_cpu->maximum(row + first, v - first < PART ? v - first : PART);
+        if (most > highest) {
+            highest = most;
+            best = first;
+        }
+    }
+    while (best < v && row[best] != highest) best++;
+    return best < v ? best : 0;
 }
 
 int tops_sample(tops_stream *stream, int32_t *ids, float *logprobs, const float *logits, const tops_sampling *sampling,
@@ -83,9 +123,7 @@ int tops_sample(tops_stream *stream, int32_t *ids, float *logprobs, const float 
     for (int64_t t = 0; t < n; t++) {
         const float *row = logits + t * v;
         const tops_sampling *s = sampling + t;
-        int64_t best = 0;
-        for (int64_t i = 1; i < v; i++)
-            if (row[i] > row[best] || isnan(row[best])) best = i;
+        int64_t best = largest(row, v);
         float highest = row[best];
         ids[t] = (int32_t)best;
         if (s->temperature > 0) {

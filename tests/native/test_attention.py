@@ -107,7 +107,7 @@ def test_qk_norm_rope_store(backend, rng, storage, pairs, normed, news, r, gated
 
 
 @pytest.mark.parametrize("storage,cache", [(DType.F32, DType.F32), (DType.F32, DType.F16), (DType.BF16, DType.BF16)], ids=str)
-@pytest.mark.parametrize("h,g,p", [(3, 3, 32), (6, 2, 5), (9, 3, 64), (40, 2, 80), (4, 1, 128), (16, 2, 256)])
+@pytest.mark.parametrize("h,g,p", [(3, 3, 32), (6, 2, 5), (4, 2, 48), (4, 2, 128), (9, 3, 64), (40, 2, 80), (4, 1, 128), (16, 2, 256)])
 @pytest.mark.parametrize("pasts,news", [((0,), (0,)), ((0,), (1,)), ((15,), (1,)), ((700,), (1,)), ((0,), (37,)), ((33, 0, 129), (2, 17, 1)),
                                         ((5, 260, 16, 90), (1, 1, 1, 1))])
 def test_paged_attention(backend, rng, storage, cache, h, g, p, pasts, news):

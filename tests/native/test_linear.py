@@ -37,6 +37,24 @@ def test_packed_weights_decode_to_the_files_values_bit_for_bit(backend, rng, dty
         assert np.array_equal(out.read(), values.astype(np.float32)), (rows, cols)
 
 
+@pytest.mark.parametrize("activations", [DType.F32, DType.BF16], ids=lambda d: d.name)
+@pytest.mark.parametrize("dtype", ALL, ids=lambda d: d.name)
+@pytest.mark.parametrize("n", [1, 8])
+def test_products_with_unit_vectors_are_the_files_values_bit_for_bit(backend, rng, n, dtype, activations):
+    """What a tile of any instruction set decodes is what the file says: nothing is rounded before the activations are."""
+    if backend.kind != "cpu":
+        return   # tensor cores round weights, too
+    for rows, cols in shapes(dtype):
+        w, values = pack(backend, rng, dtype, rows, cols, activations)
+        unit, decoded = np.eye(cols, dtype=np.float32), []
+        for first in range(0, cols, n):
+            count = min(n, cols - first)
+            out = Guarded(backend, count, rows)
+            ops.linear(out.tensor, put(backend, unit[first:first + count]), w, count)
+            decoded.append(out.read())
+        assert np.array_equal(np.concatenate(decoded).T, values.astype(np.float32)), (rows, cols)
+
+
 @pytest.mark.parametrize("dtype", ALL, ids=lambda d: d.name)
 @pytest.mark.parametrize("storage", [DType.F32, DType.BF16], ids=lambda d: d.name)
 @pytest.mark.parametrize("n", [0, 1, 3, 8, 9, 33])

@@ -59,6 +59,24 @@ def test_frequencies_follow_the_distribution(backend, settings, kept):
     assert (np.abs(counts - expected) < 5 * np.sqrt(expected * (1 - expected) / n) + 1e-9).all(), (counts, expected)
 
 
+@pytest.mark.parametrize("spread", [0.5, 3, 30])
+@pytest.mark.parametrize("settings", [{"top_p": 0.3}, {"top_p": 0.999}, {"top_k": 40}, {"top_k": 3000, "top_p": 0.9}, {"min_p": 0.1},
+                                      {"min_p": 1e-6, "top_p": 0.9999}, {"min_p": 0.3, "top_k": 2500}])
+def test_only_what_the_settings_keep_of_a_vocabulary_is_drawn(backend, rng, spread, settings):
+    v, n = 4000, 300
+    logits = (rng.standard_normal(v) * spread).astype(np.float32)
+    ids, _ = draw(backend, np.tile(logits, (n, 1)), [dict(temperature=1.0, seed=int(rng.integers(1 << 30)), **settings)] * n)
+    order = np.argsort(-logits, kind="stable")[: settings.get("top_k") or v]
+    weight = np.exp(logits[order].astype(np.float64) - logits.max())
+    before = np.concatenate([[0], np.cumsum(weight)[:-1]]) / weight.sum()
+    kept = order[(before < settings.get("top_p", 1) + 1e-6) & (weight >= settings.get("min_p", 0) * (1 - 1e-6))]
+    assert np.isin(ids, kept).all()
+    share = np.cumsum(weight[np.isin(order, kept)])
+    share /= share[-1]
+    half = int((share < 0.5).sum()) + 1
+    assert abs(np.isin(ids, kept[:half]).mean() - share[half - 1]) < 5 * np.sqrt(0.25 / n)
+
+
 def test_temperature_sharpens_and_the_seed_repeats(backend, rng):
     logits = np.tile(np.log([0.5, 0.3, 0.2]), (2000, 1))
     ids, _ = draw(backend, logits, [dict(temperature=0.5, seed=5)] * 2000)
