@@ -1,0 +1,79 @@
+"""What a decode step costs beside the model's own ops: scheduling, filling the batch, sampling, handing the token on.
+
+    python engine/benchmarks/decode_overhead.py [--model smollm2-135m]
+
+The engine decodes as it always does, with a clock around the launch of the recorded calls. Of each step it tells the time in those calls
+and the rest, which is the host's overhead; then what as many calls through cffi cost that do nothing, which is inside the launch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from statistics import median
+from time import perf_counter
+
+from inference_pio.engine import Engine, SamplingParams, TokenPrompt
+from inference_pio.native.backend import Backend, Graph
+
+PROMPT, DECODE = 64, 64
+
+
+class TimedLaunches:
+    """Seconds in Graph.launch, summed, while it is entered."""
+
+    def __enter__(self) -> TimedLaunches:
+        self.seconds, self.calls, self._launch = 0.0, 0, Graph.launch
+
+        def launch(graph: Graph) -> None:
+            start = perf_counter()
+            self._launch(graph)
+            graph.backend.synchronize()
+            self.seconds += perf_counter() - start
+            self.calls = len(graph.calls)
+
+        Graph.launch = launch
+        return self
+
+    def __exit__(self, *exception) -> None:
+        Graph.launch = self._launch
+
+
+def empty_calls(count: int) -> float:
+    """Seconds of that many calls that do nothing."""
+    with Backend.open("cpu", 1) as backend:
+        call, stream = backend.lib.tops_stream_synchronize, backend.stream
+        start = perf_counter()
+        for _ in range(100 * count):
+            call(stream)
+        return (perf_counter() - start) / 100
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m", help="a name, a folder or a .gguf file")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    options = parser.parse_args()
+    prompt, params = TokenPrompt(tuple(range(1000, 1000 + PROMPT))), SamplingParams(max_tokens=DECODE + 1, ignore_eos=True)
+    steps, inside = [], []
+    with Engine.open(options.model, device=options.device, threads=options.threads, context=4 * (PROMPT + DECODE)) as engine:
+        engine.generate(prompt, params)   # records the step
+        for _ in range(options.rounds):
+            with TimedLaunches() as launches:
+                stats = engine.generate(prompt, params).stats
+            # The first token's step is a launch too, because the prompt is in the cache but for its last token.
+            steps.append(stats.total_ms / 1e3 / (DECODE + 1))
+            inside.append(launches.seconds / (DECODE + 1))
+        result = {"model": engine.info.name, "build": engine.info.build, "step_us": median(steps) * 1e6, "calls_us": median(inside) * 1e6,
+                  "overhead": median(1 - ops / step for step, ops in zip(steps, inside)), "calls": launches.calls,
+                  "empty_calls_us": empty_calls(launches.calls) * 1e6}
+    print(json.dumps(result) if options.json else
+          f"{result['model']} ({result['build']}): a step takes {result['step_us']:.0f} us, {result['calls_us']:.0f} of them in its "
+          f"{result['calls']} recorded calls: host overhead {result['overhead']:.1%}. As many empty calls take {result['empty_calls_us']:.0f} us.")
+
+
+if __name__ == "__main__":
+    main()
