@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence as Items
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 
 from inference_pio.engine import hub, loading
 from inference_pio.engine.errors import EngineError
@@ -153,9 +154,9 @@ class Engine:
     def status(self) -> EngineStatus:
         return self._stepper.status()
 
-    def read_bandwidth(self) -> float:
+    def read_bandwidth(self, clock: Callable[[], float] = perf_counter) -> float:
         """Bytes per second that the device reads from its memory, measured now: the roof of decoding. Takes a fraction of a second."""
-        return self._thread.call(lambda: read_bandwidth(self._runner.backend))
+        return self._thread.call(lambda: read_bandwidth(self._runner.backend, clock=clock))
 
     def clear_cache(self) -> None:
         """Forget every prefix that no request holds."""

@@ -4,7 +4,8 @@
 
 The two take turns, round by round, so that a machine that slows down slows both; medians are compared. Ours is measured through the
 engine, with scheduling and sampling; llama.cpp's through llama_decode alone, without a sampler. Bytes a token are the file's weights and
-the keys and values before it, for both; the roof is what the engine's own threads read from memory in the same minute.
+the keys and values before it, for both; the roof is what the engine's own threads read from memory in the same minute. On a machine
+that other programs use, `--threads 1 --cpu-time` counts the seconds that this process computed instead of those that passed.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import argparse
 import ctypes
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from time import perf_counter, sleep
+from time import perf_counter, process_time, sleep
 
 from rich.console import Console
 from rich.table import Table
@@ -33,10 +35,10 @@ def tokens(count: int, seed: int = 0) -> list[int]:
 class LlamaCpp:
     """llama.cpp through its C interface, as llama-cpp-python carries it. A context for each prompt, which stays in it."""
 
-    def __init__(self, path: Path, threads: int, depths: list[int]) -> None:
+    def __init__(self, path: Path, threads: int, depths: list[int], clock: Callable[[], float]) -> None:
         import llama_cpp
 
-        self.c = llama_cpp
+        self.c, self._clock = llama_cpp, clock
         llama_cpp.llama_backend_init()
         self._quiet = llama_cpp.llama_log_callback(lambda *_: None)   # kept: C holds only the pointer
         llama_cpp.llama_log_set(self._quiet, None)
@@ -68,29 +70,31 @@ class LlamaCpp:
 
     def _decode(self, context, ids: list[int]) -> float:
         array = (self.c.llama_token * len(ids))(*ids)
-        start = perf_counter()
+        start = self._clock()
         if self.c.llama_decode(context, self.c.llama_batch_get_one(array, len(ids))):
             raise SystemExit("llama_decode failed")
         self.c.llama_synchronize(context)
         ctypes.c_float.from_address(ctypes.addressof(self.c.llama_get_logits(context).contents))   # they are there
-        return perf_counter() - start
+        return self._clock() - start
 
 
 class Pio:
     """This engine. A prompt that was decoded from before is in its cache."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, clock: Callable[[], float]) -> None:
+        self._engine, self._clock = engine, clock
 
     def prefill(self, seed: int) -> float:
-        return self._stats(tokens(PREFILL, seed), 1).first_token_ms / 1e3
+        return self._seconds(tokens(PREFILL, seed), 1)
 
     def decode(self, depth: int) -> float:
-        stats = self._stats(tokens(depth), DECODE + 1)
-        return (stats.total_ms - stats.first_token_ms) / 1e3 / DECODE
+        """The first token is a step like the others: of the prompt, all but one token is in the cache."""
+        return self._seconds(tokens(depth), DECODE) / DECODE
 
-    def _stats(self, ids: list[int], count: int):
-        return self._engine.generate(TokenPrompt(tuple(ids)), SamplingParams(max_tokens=count, ignore_eos=True)).stats
+    def _seconds(self, ids: list[int], count: int) -> float:
+        start = self._clock()
+        self._engine.generate(TokenPrompt(tuple(ids)), SamplingParams(max_tokens=count, ignore_eos=True))
+        return self._clock() - start
 
 
 def main() -> None:
@@ -98,21 +102,23 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m", help="a name, a folder or a .gguf file; llama.cpp must be able to open it")
     parser.add_argument("--depths", type=int, nargs="+", default=[64, 512], metavar="N", help="tokens before the decoded ones")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cpu-time", action="store_true", help="count the process's seconds of CPU; sensible with --threads 1")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
+    clock = process_time if options.cpu_time else perf_counter
     with Engine.open(options.model, device="cpu", threads=options.threads, context=max(PREFILL, *options.depths) + 2 * DECODE) as engine:
         try:
-            contestants = {"pio": Pio(engine), "llama.cpp": LlamaCpp(engine.info.path, options.threads, options.depths)}
+            contestants = {"pio": Pio(engine, clock), "llama.cpp": LlamaCpp(engine.info.path, options.threads, options.depths, clock)}
         except ImportError:
             sys.exit("llama-cpp-python is not installed: pip install '.[bench]'")
-        result = measure(engine, contestants, options.depths, options.rounds)
-    show(result, options.threads)
+        result = measure(engine, contestants, options.depths, options.rounds, clock)
+    show(result, f"{options.threads} threads" + ", CPU time" * options.cpu_time)
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def measure(engine: Engine, contestants: dict, depths: list[int], rounds: int) -> dict:
+def measure(engine: Engine, contestants: dict, depths: list[int], rounds: int, clock: Callable[[], float]) -> dict:
     """Medians of tokens/s over the rounds, by contestant; the first round warms up and does not count."""
     seconds: dict[str, dict[str, list[float]]] = {name: {} for name in contestants}
     roof = []
@@ -125,7 +131,7 @@ def measure(engine: Engine, contestants: dict, depths: list[int], rounds: int) -
                 taken = run()
                 if number:
                     seconds[name].setdefault(key, []).append(taken)
-        roof.append(engine.read_bandwidth())
+        roof.append(engine.read_bandwidth(clock))
     info, cached = engine.info, engine.info.page_bytes / engine.info.page_size
     result: dict = {"model": info.name, "build": info.build, "activations": info.activations, "file": info.path.name, "rounds": rounds,
                     "depths": depths, "read_gb_per_second": median(roof) / 1e9}
@@ -137,8 +143,8 @@ def measure(engine: Engine, contestants: dict, depths: list[int], rounds: int) -
     return result
 
 
-def show(result: dict, threads: int) -> None:
-    table = Table(title=f"{result['file']}, {threads} threads, medians of {result['rounds']} rounds in turns", box=None, padding=(0, 2))
+def show(result: dict, conditions: str) -> None:
+    table = Table(title=f"{result['file']}, {conditions}, medians of {result['rounds']} rounds in turns", box=None, padding=(0, 2))
     for i, column in enumerate(("", "pio", "llama.cpp", "ratio")):
         table.add_column(column, justify="right" if i else "left")
     ours, theirs, depths, read = result["pio"], result["llama.cpp"], result["depths"], result["read_gb_per_second"]
