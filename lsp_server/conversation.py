@@ -45,7 +45,7 @@ class Conversation:
 
 
 def compose(engine: Engine, messages: Sequence[Message], answer_tokens: int, document: Document | None = None,
-            span: tuple[int, int] | None = None) -> Conversation:
+            span: tuple[int, int] | None = None, thinking: bool = False) -> Conversation:
     """The newest messages that fit beside an answer, and the code: the span of the document, or its beginning. Counts tokens: slow."""
     budget = engine.info.context - answer_tokens - _TEMPLATE_TOKENS
     *earlier, question = messages
@@ -68,7 +68,7 @@ def compose(engine: Engine, messages: Sequence[Message], answer_tokens: int, doc
     while kept and kept[0].role != "user":   # an answer without its question tells nothing, and templates refuse it
         needed -= engine.count_tokens(kept.pop(0).content)
     system = Message("system", f"{_SYSTEM}\n\n{code}" if code else _SYSTEM)
-    return Conversation(ChatPrompt((system, *kept, question)), shown, len(earlier) - len(kept), needed)
+    return Conversation(ChatPrompt((system, *kept, question), {"enable_thinking": thinking}), shown, len(earlier) - len(kept), needed)
 
 
 def _code(engine: Engine, document: Document, span: tuple[int, int] | None, budget: int) -> tuple[str, tuple[Shown, ...]]:

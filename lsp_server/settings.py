@@ -32,6 +32,7 @@ class Settings:
     prompt_tokens: int = _setting(1024, "Tokens of the document that the model sees.", least=64, most=1 << 17)
     deadline_ms: int = _setting(3000, "A completion that takes longer is shown as far as it got.", least=50, most=600_000)
     chat_tokens: int = _setting(1024, "Longest answer in the chat, in tokens.", least=1, most=1 << 16)
+    thinking: bool = _setting(False, "Let models that can think before they answer in the chat do so; their thoughts are shown folded.")
     multiline: bool = _setting(True, "Suggest whole blocks; off: the rest of the line.")
     prefill: bool = _setting(True, "Begin to write at the key, before the editor asks for a completion.")
     prefetch: bool = _setting(True, "While a suggestion is shown, write what would follow it if it were accepted.")

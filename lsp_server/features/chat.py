@@ -14,6 +14,7 @@ from pygls.exceptions import JsonRpcInvalidParams
 from inference_pio.engine import ChatPrompt, EngineError, Message, Priority, SamplingParams, TokenStream
 from inference_pio.lsp_server.conversation import code_blocks, compose, repeats
 from inference_pio.lsp_server.documents import Document
+from inference_pio.lsp_server.reasoning import Reasoning
 from inference_pio.lsp_server.session import Session
 
 _PENALTY = 1.05   # of repetition
@@ -22,7 +23,7 @@ Report = Callable[[dict[str, Any]], None]
 
 async def chat(session: Session, params: Mapping[str, Any], report: Report) -> dict[str, Any]:
     """`params`: messages of role and content, the last one the user's; perhaps textDocument and range, what it is about. `report` gets
-    what the model is shown, and then each piece of the answer."""
+    what the model is shown, and then each piece of its reasoning and of the answer."""
     messages = _messages(params.get("messages"))
     document = snapshot(session, params)
     span = span_of(session, document, params.get("range")) if document is not None and params.get("range") else None
@@ -30,17 +31,26 @@ async def chat(session: Session, params: Mapping[str, Any], report: Report) -> d
     if document is not None and not session.settings.secrets and (reason := await session.in_worker(session.privacy.reason, document.uri)):
         document = None
         report({"hidden": reason})
-    conversation = await session.in_worker(partial(compose, engine, messages, min(limit, engine.info.context // 2), document, span))
+    conversation = await session.in_worker(partial(
+        compose, engine, messages, min(limit, engine.info.context // 2), document, span, session.settings.thinking))
     context = {"shown": [asdict(item) for item in conversation.shown], "dropped": conversation.dropped, "tokens": conversation.tokens}
     report({"context": context})
+    reasoning = Reasoning()
     async with answer(session, conversation.prompt, limit, _PENALTY) as stream:
         async for piece in stream:
-            report({"delta": piece})
+            _report_texts(report, reasoning.feed(piece))
             if repeats(stream.text):
                 report({"repeats": True})
                 break
-    blocks = [{"language": language, "text": text} for language, text in code_blocks(stream.text)]
-    return {"text": stream.text, "codeBlocks": blocks, "context": context, "stats": asdict(stream.stats)}
+    _report_texts(report, reasoning.end())
+    blocks = [{"language": language, "text": text} for language, text in code_blocks(reasoning.answer)]
+    return {"text": reasoning.answer, "reasoning": reasoning.thoughts, "codeBlocks": blocks, "context": context, "stats": asdict(stream.stats)}
+
+
+def _report_texts(report: Report, texts: tuple[str, str]) -> None:
+    for key, text in zip(("reasoning", "delta"), texts, strict=True):
+        if text:
+            report({key: text})
 
 
 @asynccontextmanager

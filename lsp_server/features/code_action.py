@@ -16,6 +16,8 @@ def actions(params: types.CodeActionParams) -> list[types.CodeAction]:
         found.append(_rewrite("Fix", types.CodeActionKind.QuickFix, f"Correct these problems:\n{problems}", where, params.context.diagnostics))
     if params.range.start == params.range.end:
         return found
+    if not found:
+        found.append(_rewrite("Fix", types.CodeActionKind.QuickFix, "Find what is wrong in this code and correct it.", where))
     found += [_rewrite("Refactor", types.CodeActionKind.RefactorRewrite, "Make this code easier to read. It must do the same.", where),
               _rewrite("Add docs", types.CodeActionKind.RefactorRewrite, "Add documentation comments. Change nothing else.", where)]
     found += [types.CodeAction(title=f"pio: {title}", kind=types.CodeActionKind.Empty, command=types.Command(

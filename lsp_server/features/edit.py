@@ -14,6 +14,7 @@ from inference_pio.engine import ChatPrompt, EngineError, Message
 from inference_pio.lsp_server.conversation import code_blocks, fenced
 from inference_pio.lsp_server.documents import Document, Encoding
 from inference_pio.lsp_server.features.chat import Report, answer, ready, snapshot, span_of
+from inference_pio.lsp_server.reasoning import answer_of
 from inference_pio.lsp_server.session import Session
 
 _SYSTEM = "You rewrite code. Answer with the whole rewritten code in one fenced block and nothing else. Change only what is asked for."
@@ -44,7 +45,7 @@ async def edit(session: Session, params: Mapping[str, Any], report: Report) -> t
         raise EngineError("the model did not come to an end; nothing was changed. Select less, or say more precisely what to do")
     if session.documents.get(document.uri) is not document:
         raise EngineError("the document was changed while the model wrote; nothing was changed. Ask again")
-    blocks = code_blocks(stream.text)
+    blocks = code_blocks(answer_of(stream.text))
     if not blocks:
         raise EngineError("the model answered without code; nothing was changed")
     edits = changed_lines(document, start, end, fitted(blocks[0][1], selected), session.documents.encoding)
@@ -59,7 +60,7 @@ def _prompt(engine: Any, document: Document, start: int, selected: str, instruct
     if shown and engine.count_tokens(shown) > room:
         shown = ""
     request = f"{shown}Rewrite this code:\n{fenced(selected, document.language)}\n\n{instruction}"
-    return ChatPrompt((Message("system", _SYSTEM), Message("user", request)))
+    return ChatPrompt((Message("system", _SYSTEM), Message("user", request)), {"enable_thinking": False})
 
 
 def fitted(code: str, selected: str) -> str:

@@ -1,6 +1,7 @@
 """An LSP server that suggests what a test tells it to: SUGGESTION after an optional delay, logs the methods it sees to LOG and its process to
 LOG.pid. SUGGESTION is also its answer in the chat, which never ends if `hang` follows, and what it writes over a selection. With `slow` it
-takes a second to start."""
+takes a second to start, with `thinks` it reasons before it answers. Suggestions separated by \\x1e are several; --version VERSION is what
+it says of itself."""
 
 import json
 import os
@@ -32,15 +33,19 @@ while message := read():
     if method == "initialize":
         time.sleep("slow" in sys.argv)
         encoding = message["params"]["capabilities"]["general"]["positionEncodings"][0]
-        capabilities = {"textDocumentSync": 2, "inlineCompletionProvider": {}, "positionEncoding": encoding}
-        send({"id": message["id"], "result": {"capabilities": capabilities, "serverInfo": {"name": "scripted", "version": "0.1.0"}}})
+        capabilities = {"textDocumentSync": 2, "inlineCompletionProvider": {}, "positionEncoding": encoding, "codeActionProvider": True}
+        version = sys.argv[sys.argv.index("--version") + 1] if "--version" in sys.argv else "0.1.0"
+        send({"id": message["id"], "result": {"capabilities": capabilities, "serverInfo": {"name": "scripted", "version": version}}})
     elif method == "textDocument/inlineCompletion":
         time.sleep(delay)
         here = message["params"]["position"]
-        send({"id": message["id"], "result": {"items": [{"insertText": suggestion, "range": {"start": here, "end": here}}]}})
+        items = [{"insertText": text, "range": {"start": here, "end": here}} for text in suggestion.split("\x1e")]
+        send({"id": message["id"], "result": {"items": items}})
     elif method == "pio/status":
         send({"id": message["id"], "result": {"state": "ready", "enabled": True, "model": "scripted", "error": None, "progress": None}})
     elif method == "pio/chat":
+        if "thinks" in sys.argv:
+            send({"method": "$/progress", "params": {"token": message["params"]["partialResultToken"], "value": {"reasoning": "<b>because</b>"}}})
         send({"method": "$/progress", "params": {"token": message["params"]["partialResultToken"], "value": {"delta": suggestion}}})
         if "hang" not in sys.argv:
             send({"id": message["id"], "result": {"text": suggestion}})

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
 from pathlib import Path
+from statistics import median
 
 import pytest
 
 pytestmark = pytest.mark.vscode
 pytest.importorskip("playwright")
-from playwright.sync_api import sync_playwright  # noqa: E402
+from playwright.sync_api import TimeoutError, sync_playwright  # noqa: E402
 
 from vscode import INSTALLED, VSCode, wait  # noqa: E402
 
@@ -58,22 +58,45 @@ class Scripted:
         os.kill(int(Path(f"{self._log}.pid").read_text()), signal.SIGKILL)
 
 
+# Notes when a key is pressed, and when a picture of the screen has ghost text at another place of the cursor.
+WATCH_GHOST = """() => {
+  const place = () => document.querySelector(".editor-instance .cursor")?.style.cssText.replace(/visibility[^;]*;?/, "");
+  window.pio = { key: 0, place: "", drawn: -1 };
+  addEventListener("keydown", () => { window.pio = { key: performance.now(), place: place(), drawn: 0 }; }, true);
+  new MutationObserver(() => {
+    if (pio.drawn !== 0 || place() === pio.place || !document.querySelector(".ghost-text, .ghost-text-decoration")) return;
+    pio.drawn = -1;
+    const { key } = pio;
+    requestAnimationFrame(() => setTimeout(() => { if (pio.key === key) pio.drawn = performance.now(); }));
+  }).observe(document.querySelector(".part.editor"), { subtree: true, childList: true, characterData: true, attributes: true });
+}"""
+DEBOUNCE = 50    # ms after a key at which VS Code asks: what is drawn earlier stood there before
+LONGEST = 2000   # ms that a key's ghost text is waited for: at some places the model suggests nothing
+
+
 def test_the_real_model_writes_into_a_file(vscode):
     """Ghost text is shown, Tab accepts it, the file is on the disk; how long it takes is printed."""
     editor = vscode({"fibonacci.py": FIBONACCI})
     editor.open("fibonacci.py")
     print("status bar:", editor.ready())
     editor.press("Control+End")
-    editor.type("    if n ", delay=80)
-    editor.type("<")
-    begin = time.monotonic()
-    wait(lambda: "if n <" in editor.lines(), "the last key is drawn", editor)
+    editor.page.evaluate(WATCH_GHOST)
+    times, typed = [], FIBONACCI
+    for key in "    if n <= 1:\n        return n\n    a, b = 0, 1\n    for i in ra":
+        typed += key
+        editor.type(key)
+        try:
+            editor.page.wait_for_function("() => pio.drawn > 0", timeout=LONGEST)
+        except TimeoutError:
+            continue
+        times.append(editor.page.evaluate("() => pio.drawn - pio.key"))
+    asked = [took for took in times if took > DEBOUNCE]
+    print(f"key to ghost text: p50 {median(asked):.0f} ms, most {max(asked):.0f} ms, of {len(asked)} keys; {len(times) - len(asked)} more went along with it")
+    print("status bar:", editor.status_bar())
     ghost = editor.ghost_text()
-    print(f"ghost text {1000 * (time.monotonic() - begin):.0f} ms after the last key: {ghost}")
     editor.shot("ghost-text")
     editor.press("Tab")
     text = editor.saved("fibonacci.py")
-    typed = FIBONACCI + "    if n <"
     assert text.startswith(typed) and len(text) > len(typed)
     assert all(piece.strip() in text[len(typed):] for piece in ghost)
     assert not editor.foreign, "nothing is asked of another machine"
@@ -161,13 +184,41 @@ def test_the_chat_streams_and_says_what_it_sees(vscode):
     view = editor.frame("#question")
     view.fill("#question", "/explain")
     view.press("#question", "Enter")
-    begin = time.monotonic()
-    view.wait_for_selector(".answer:not(:empty)")
-    print(f"first words {1000 * (time.monotonic() - begin):.0f} ms after Enter")
     view.wait_for_selector('article.assistant[data-done="true"]')
     assert "add.py (" in view.text_content(".note"), "it says what the model sees"
     assert len(view.text_content(".answer")) > 20
     editor.shot("chat")
+
+
+# When the answer, which is the time at which the engine wrote it, stands in the next picture of the screen.
+WATCH_ANSWER = """() => {
+  window.delays = [];
+  const seen = new Set();
+  new MutationObserver(() => {
+    for (const { textContent } of document.querySelectorAll(".answer")) {
+      if (!textContent.trim() || seen.has(textContent)) continue;
+      seen.add(textContent);
+      requestAnimationFrame(() => setTimeout(() => delays.push(Date.now() - 1000 * Number(textContent))));
+    }
+  }).observe(document.getElementById("log"), { subtree: true, childList: true, characterData: true });
+}"""
+
+
+def test_what_the_engine_writes_is_shown_soon(vscode):
+    """From the engine to the screen, of the first word of an answer; printed."""
+    editor = vscode({"a.py": ""}, command=[sys.executable, str(Path(__file__).parents[1] / "lsp" / "scripted_engine.py"), "--stamp"])
+    editor.open("a.py")
+    editor.command("pio: Focus on Chat View")
+    view = editor.frame("#question")
+    view.wait_for_selector("#question:enabled")
+    view.evaluate(WATCH_ANSWER)
+    for asked in range(1, 11):
+        view.fill("#question", "when")
+        view.press("#question", "Enter")
+        view.wait_for_function(f"() => delays.length === {asked}")
+        view.wait_for_selector('article:last-child[data-done="true"]')
+    delays = view.evaluate("() => delays")
+    print(f"engine to screen: p50 {median(delays):.0f} ms, most {max(delays):.0f} ms, of {len(delays)} first words")
 
 
 HOSTILE = ("<img src=x onerror=\"document.body.dataset.owned=1\"><script>document.body.dataset.owned=1</script>\x1b[31mred\n\n"
@@ -175,7 +226,7 @@ HOSTILE = ("<img src=x onerror=\"document.body.dataset.owned=1\"><script>documen
 
 
 def test_what_a_model_writes_is_text_and_code_is_applied_as_a_diff(vscode, tmp_path):
-    editor = vscode({"a.py": "x = 1\ny = 2\n"}, command=Scripted(tmp_path, HOSTILE).command)
+    editor = vscode({"a.py": "x = 1\ny = 2\n"}, command=Scripted(tmp_path, HOSTILE, "thinks").command)
     editor.open("a.py")
     editor.press("Control+Home", "Shift+ArrowDown")
     editor.command("pio: Focus on Chat View")
@@ -187,6 +238,8 @@ def test_what_a_model_writes_is_text_and_code_is_applied_as_a_diff(vscode, tmp_p
     assert answer.locator("img, script").count() == 0 and "<script>" in answer.text_content() and "\x1b" not in answer.text_content()
     assert view.evaluate("document.body.dataset.owned") is None
     assert answer.locator("strong").text_content() == "bold" and answer.locator("pre .string").text_content() == "'open fence'"
+    thoughts = view.locator("details.reasoning")
+    assert "<b>because</b>" in thoughts.text_content() and thoughts.get_attribute("open") is None, "reasoning is folded"
     editor.shot("hostile")
     view.click("text=Apply")
     editor.page.wait_for_selector('.tab.active:has-text("proposal")')

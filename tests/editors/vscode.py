@@ -27,7 +27,7 @@ _QUIET = {
     "extensions.autoCheckUpdates": False, "extensions.autoUpdate": False, "workbench.enableExperiments": False, "workbench.tips.enabled": False,
     "workbench.secondarySideBar.defaultVisibility": "hidden", "editor.wordBasedSuggestions": "off", "editor.autoClosingBrackets": "never",
     "editor.quickSuggestions": {"other": "off", "comments": "off", "strings": "off"}, "editor.minimap.enabled": False, "files.autoSave": "off",
-    "editor.autoIndent": "none", "workbench.colorTheme": "Default Dark Modern",
+    "editor.autoIndent": "none", "editor.scrollBeyondLastLine": False, "workbench.colorTheme": "Default Dark Modern",
 }
 
 
@@ -77,13 +77,12 @@ class VSCode:
         self.focus(name)
 
     def focus(self, name: str) -> None:
-        """Wait until the file stands in the editor, as on the disk, and click into it."""
+        """Wait until the file stands in the editor, as on the disk, and the keys go there. (Playwright's click would scroll the editor.)"""
         self.page.wait_for_selector(f'.tab.active:has-text("{name}"):not(:has-text("proposal"))')
         self.page.wait_for_selector(".monaco-diff-editor", state="detached")
         begin = (self.workspace / name).read_text().partition("\n")[0].strip()
         wait(lambda: begin in self.lines(), f"{name} is drawn", editor=self)
-        self.page.click(".editor-instance .monaco-editor .view-lines")
-        self.page.wait_for_selector(".editor-instance .monaco-editor.focused")
+        wait(lambda: self.page.locator(".editor-instance .monaco-editor.focused").count() or self.press("Control+1"), "the editor has the keys", editor=self)
 
     def lines(self) -> str:
         """What is drawn of the document, ghost text included."""

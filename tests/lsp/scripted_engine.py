@@ -34,6 +34,7 @@ class Script:
     submit_error: str | None = None
     fim: bool = True
     context: int = 4096
+    stamp: bool = False       # answer with the time at which that is written, in seconds since 1970
 
 
 @dataclass
@@ -83,6 +84,9 @@ class ScriptedEngine:
         return stream
 
     def _write(self, stream: TokenStream, answer: str, params: SamplingParams) -> None:
+        if self.script.stamp:
+            stream.put(0, f"{time.time():.4f}")
+            return stream.end("stop")
         stop = min((at for at in (answer.find(s) for s in params.stop) if at >= 0), default=len(answer))
         for number, character in enumerate(answer[:stop][:params.max_tokens]):
             time.sleep(self.script.token_seconds)
@@ -122,10 +126,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--answer", default="answer")
     parser.add_argument("--token-seconds", type=float, default=0)
+    parser.add_argument("--stamp", action="store_true", help="answer with the time at which that is written")
+    parser.add_argument("--load-seconds", type=float, default=0)
     parser.add_argument("--print-to-stdout", action="store_true", help="as a careless library would")
     parser.add_argument("--port", type=int)
     arguments = parser.parse_args()
-    opener = ScriptedEngine.opener(Script([arguments.answer], arguments.token_seconds), [])
+    opener = ScriptedEngine.opener(Script([arguments.answer], arguments.token_seconds, arguments.load_seconds, stamp=arguments.stamp), [])
 
     def open_engine(*args, **options):
         if arguments.print_to_stdout:
@@ -136,9 +142,9 @@ def main() -> None:
         return opener(*args, **options)
 
     if arguments.port is None:
-        Server(Settings(), "test", open_engine).serve_stdio()
+        Server(Settings(), "0.1.0", open_engine).serve_stdio()
     else:
-        serve(arguments.port, lambda shared: Server(Settings(), "test", shared, alone=False), open_engine)
+        serve(arguments.port, lambda shared: Server(Settings(), "0.1.0", shared, alone=False), open_engine)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from inference_pio.lsp_server.conversation import code_blocks, compose, expanded
 from inference_pio.lsp_server.documents import Document
 from inference_pio.lsp_server.features.chat import chat
 from inference_pio.lsp_server.features.edit import changed_lines, edit, fitted
+from inference_pio.lsp_server.reasoning import Reasoning, answer_of
 from inference_pio.lsp_server.session import Session
 from inference_pio.lsp_server.settings import Settings
 
@@ -81,6 +82,38 @@ async def test_an_answer_comes_in_pieces_after_what_the_model_is_shown():
     assert "two" in system.content and "three" not in system.content
     assert question.content == "Explain what this code does, and how. please"
     assert engine.streams[0].closed
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
+def test_thoughts_and_answer_are_told_apart_however_they_are_cut(size):
+    text = "\n<think>\nIs a < b? </thin no.\n</think>\n\nYes: <think> is a tag.</think>"
+    reasoning, pieces = Reasoning(), []
+    for at in range(0, len(text), size):
+        pieces.append(reasoning.feed(text[at:at + size]))
+    pieces.append(reasoning.end())
+    assert reasoning.thoughts == "".join(piece[0] for piece in pieces) == "Is a < b? </thin no.\n"
+    assert reasoning.answer == "".join(piece[1] for piece in pieces) == "Yes: <think> is a tag.</think>"
+
+
+@pytest.mark.parametrize(("text", "thoughts", "answer"), [
+    ("fine", "", "fine"), ("  <thin", "", "  <thin"), ("<think>only thoughts </thi", "only thoughts </thi", ""), ("<think></think>yes", "", "yes"), ("", "", "")])
+def test_texts_without_thoughts_or_without_an_answer(text, thoughts, answer):
+    reasoning = Reasoning()
+    reasoning.feed(text)
+    reasoning.end()
+    assert (reasoning.thoughts, reasoning.answer) == (thoughts, answer) and answer_of(text) == answer
+
+
+async def test_thoughts_are_reported_apart_and_asked_for_by_the_setting():
+    engine, reports = Engine(("<think>hm", "m</think>", "It adds.")), []
+    asked = session(engine)
+    asked.settings = Settings(thinking=True)
+    result = await chat(asked, {"messages": [user("go")]}, reports.append)
+    assert reports[1:] == [{"reasoning": "hm"}, {"reasoning": "m"}, {"delta": "It adds."}]
+    assert (result["text"], result["reasoning"]) == ("It adds.", "hmm")
+    assert engine.prompts[0].template_variables == {"enable_thinking": True}
+    await chat(session(engine), {"messages": [user("go")]}, reports.append)
+    assert engine.prompts[1].template_variables == {"enable_thinking": False}
 
 
 async def test_a_cancelled_chat_closes_its_stream():

@@ -5,8 +5,8 @@ import type { Edits } from "./edit";
 import type { Server } from "./server";
 
 interface Place { textDocument: { uri: string }; range?: unknown }
-interface Turn { role: "user" | "assistant"; content: string; place?: Place; note?: string; error?: string }
-interface Report { delta?: string; hidden?: string; repeats?: boolean; context?: { shown: { name: string; tokens: number; cut: boolean }[]; dropped: number; tokens: number } }
+interface Turn { role: "user" | "assistant"; content: string; place?: Place; reasoning?: string; note?: string; error?: string }
+interface Report { delta?: string; reasoning?: string; hidden?: string; repeats?: boolean; context?: { shown: { name: string; tokens: number; cut: boolean }[]; dropped: number; tokens: number } }
 type FromView =
   | { type: "ready" | "stop" | "new" | "retry" }
   | { type: "ask" | "copy" | "insert" | "apply"; text: string };
@@ -109,8 +109,11 @@ export class Chat implements vscode.WebviewViewProvider {
   private report(turn: Turn, report: Report): void {
     if (report.delta !== undefined) {
       turn.content += report.delta;
-      this.post({ type: "delta", text: report.delta });
-      return;
+      return this.post({ type: "delta", text: report.delta });
+    }
+    if (report.reasoning !== undefined) {
+      turn.reasoning = (turn.reasoning ?? "") + report.reasoning;
+      return this.post({ type: "reasoning", text: report.reasoning });
     }
     if (report.repeats) turn.note = `${turn.note ?? ""} It was stopped because the model began to repeat itself.`;
     if (report.hidden) turn.note = `The file is not shown to the model: ${report.hidden}.`;

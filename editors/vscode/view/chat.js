@@ -1,9 +1,9 @@
 // Draws the conversation that the extension keeps, and tells it what somebody does.
-import { render } from "./markdown.js";
+import { plain, render } from "./markdown.js";
 
 const vscode = acquireVsCodeApi();
 const [log, form, controls, question, send, stop] = ["log", "form", "controls", "question", "send", "stop"].map(id => document.getElementById(id));
-let text = "", body, frame;
+let text = "", body, thoughts, frame;   // of the answer that is being written
 
 function button(label, type, value) {
   const made = document.createElement("button");
@@ -31,13 +31,23 @@ function turnElement(turn, last, running) {
     return made;
   }
   if (turn.note) made.append(line("note", turn.note));
-  const content = document.createElement("div");
+  const reasoning = reasoningElement(turn.reasoning), content = document.createElement("div");
   content.className = "answer";
   content.append(render(turn.content, codeButtons));
-  made.append(content);
+  made.append(reasoning, content);
   if (turn.error) made.append(line("error", turn.error), ...(last ? [button("Retry", "retry")] : []));
   made.dataset.done = String(!(last && running));
-  if (last) [body, text] = [content, turn.content];
+  if (last) [body, text, thoughts] = [content, turn.content, reasoning];
+  return made;
+}
+
+/** What the model thought before it answered: folded, and not there if it did not. */
+function reasoningElement(content = "") {
+  const made = document.createElement("details"), summary = document.createElement("summary");
+  made.className = "reasoning";
+  made.hidden = !content;
+  summary.textContent = "Reasoning";
+  made.append(summary, plain(content));
   return made;
 }
 
@@ -47,6 +57,12 @@ function draw({ turns, running }) {
   stop.hidden = !running;
   send.hidden = running;
   log.scrollTop = log.scrollHeight;
+}
+
+function think(delta) {
+  if (!thoughts) return;
+  thoughts.hidden = false;
+  thoughts.append(plain(delta));
 }
 
 /** However many pieces come, the answer is drawn once for each picture on the screen. */
@@ -60,7 +76,7 @@ function append(delta) {
   });
 }
 
-addEventListener("message", ({ data }) => data.type === "draw" ? draw(data) : append(data.text));
+addEventListener("message", ({ data }) => ({ draw, delta: append, reasoning: think })[data.type](data.type === "draw" ? data : data.text));
 form.onsubmit = event => {
   event.preventDefault();
   if (!question.value.trim() || send.hidden) return;

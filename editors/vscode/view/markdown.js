@@ -14,12 +14,12 @@ function element(tag, className, ...children) {
   return made;
 }
 
+/** Without control codes. */
+export const plain = text => text.replace(/\x1b\[[0-9;]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]/g, "");
+
 /** `buttons(text)` gives the elements that stand above a code block. */
 export function render(text, buttons) {
-  const plain = text.replace(/\x1b\[[0-9;]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]/g, "");
-  const out = document.createDocumentFragment(), thought = /^\s*<think>([\s\S]*?)(?:<\/think>|$)/.exec(plain);
-  if (thought?.[1].trim()) out.append(element("details", "reasoning", element("summary", "", "Reasoning"), thought[1].trim()));
-  const lines = (thought ? plain.slice(thought[0].length) : plain).split("\n");
+  const out = document.createDocumentFragment(), lines = plain(text).split("\n");
   for (let i = 0; i < lines.length;) {
     const fence = FENCE.exec(lines[i]), heading = /^(#{1,6})\s+(.*)/.exec(lines[i]);
     if (fence) {
