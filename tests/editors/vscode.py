@@ -4,6 +4,7 @@ Nothing here or in the scenarios waits for a length of time: each step waits unt
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-from playwright.sync_api import Frame, Locator, Playwright
+from playwright.sync_api import Frame, Locator, Page, Playwright
 
 ROOT = Path(__file__).parents[2]
 INSTALLED = ROOT / "build" / "vscode"          # by install_vscode.sh
@@ -59,14 +60,24 @@ class VSCode:
         wait(lambda: _healthy(address), "code-server answers")
         self._browser = playwright.chromium.launch(executable_path="/usr/bin/chromium",
                                                    args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"])
-        width, height = viewport
-        self.page = self._browser.new_page(viewport={"width": width, "height": height})
-        self.page.set_default_timeout(1000 * _PATIENCE)
+        self._address, self._viewport = f"{address}/?folder={self.workspace}", dict(zip(("width", "height"), viewport, strict=True))
         self.foreign: list[str] = []   # what the pages asked of other machines
-        self.page.on("console", lambda message: self._log.write(f"browser: {message.text}\n"))
-        self.page.on("request", lambda request: self._seen(request.url))
-        self.page.goto(f"{address}/?folder={self.workspace}")
-        self.page.wait_for_selector(".monaco-workbench")
+        self.page = self._window()
+
+    def _window(self) -> Page:
+        page = self._browser.new_page(viewport=self._viewport)
+        page.set_default_timeout(1000 * _PATIENCE)
+        page.on("console", lambda message: self._log.write(f"browser: {message.text}\n"))
+        page.on("request", lambda request: self._seen(request.url))
+        page.goto(self._address)
+        page.wait_for_selector(".monaco-workbench")
+        return page
+
+    def another_window(self) -> VSCode:
+        """On the same folder, of the same VS Code."""
+        other = copy.copy(self)
+        other.page = self._window()
+        return other
 
     def _seen(self, url: str) -> None:
         if url.startswith("http") and "127.0.0.1" not in url and "open-vsx.org" not in url:   # VS Code's own gallery
@@ -149,6 +160,10 @@ class VSCode:
     def frame(self, selector: str) -> Frame:
         """The webview that holds an element: it stands two frames deep."""
         return wait(lambda: next((f for f in self.page.frames if _holds(f, selector)), None), f"a frame with {selector}", editor=self)
+
+    def notified(self, text: str) -> None:
+        """Wait for a notification that holds the text."""
+        self.page.wait_for_selector(f'.notification-list-item:has-text("{text}")')
 
     def shot(self, name: str) -> Path:
         SHOTS.mkdir(exist_ok=True)

@@ -125,3 +125,12 @@ def test_typing_at_the_cursor_computes_what_was_typed(model):
             assert last["stats"]["recomputed_tokens"] == 0 and last["stats"]["computed_tokens"] <= 3, last
     assert counted > 10
     server.end()
+
+
+def test_a_client_that_leaves_while_the_model_is_loaded_leaves_no_process():
+    process = Process(sys.executable, str(Path(__file__).parent / "scripted_engine.py"), "--load-seconds", "600")
+    process.client.initialize()
+    process.process.stdin.close()
+    assert process.process.wait(PATIENCE) is not None
+    process.process.stdout.close()
+    process.process.stderr.close()

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Neovim 0.12 or later for the tests, into build/neovim (64 MB): Debian testing's packages, unpacked beside the system with their own C
-# library. Nothing is installed. (0.11 comes as a wheel with the other test requirements.) Run it again, and it does nothing.
+# Neovim 0.12 or later and Helix for the tests, into build/editors (90 MB): Debian testing's packages, unpacked beside the system with
+# their own C library. Nothing is installed. (Neovim 0.11 comes as a wheel with the other test requirements.) Run it again, and it does
+# nothing.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
-folder=$root/build/neovim
-[ ! -x "$folder/bin/nvim" ] || exit 0
+folder=$root/build/editors
+[ ! -x "$folder/bin/hx" ] || exit 0
 rm -rf "$folder"
 mkdir -p "$folder"/apt/{lists,cache/archives}/partial "$folder"/{debs,root,bin}
 cd "$folder"
@@ -20,17 +21,20 @@ Acquire::Languages "none"; APT::Sandbox::User "root";
 CONF
 export APT_CONFIG=$folder/apt/apt.conf
 apt-get -qq update
-packages=$(apt-get -s -qq --no-install-recommends install neovim | awk '/^Inst/ {print $2}')
+packages=$(apt-get -s -qq --no-install-recommends install neovim hx | awk '/^Inst/ {print $2}')
 (cd debs && apt-get -qq download $packages)
 for package in debs/*.deb; do dpkg -x "$package" root; done
 
 libraries=$folder/root/usr/lib/$(uname -m)-linux-gnu
-cat >bin/nvim.new <<RUN
+for editor in nvim:VIMRUNTIME:share/nvim/runtime hx:HELIX_RUNTIME:lib/hx/runtime; do
+    IFS=: read -r program variable runtime <<<"$editor"
+    cat >"bin/$program.new" <<RUN
 #!/bin/sh
-export VIMRUNTIME="$folder/root/usr/share/nvim/runtime"
-exec "$(echo "$libraries"/ld-linux-*.so.2)" --library-path "$libraries" "$folder/root/usr/bin/nvim" "\$@"
+export $variable="$folder/root/usr/$runtime"
+exec "$(echo "$libraries"/ld-linux-*.so.2)" --library-path "$libraries" "$folder/root/usr/bin/$program" "\$@"
 RUN
-chmod +x bin/nvim.new
-bin/nvim.new --version | head -1
-mv bin/nvim.new bin/nvim
+    chmod +x "bin/$program.new"
+    "bin/$program.new" --version | head -1
+    mv "bin/$program.new" "bin/$program"
+done
 rm -rf apt debs
