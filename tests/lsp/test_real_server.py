@@ -4,12 +4,13 @@ nothing hangs. The model's weights are random, so its text gives away any wrong 
 from __future__ import annotations
 
 import random
+import sys
 from pathlib import Path
 
 import pytest
 from real_server import check_at_rest, resident, start
 from tiny_model import write_model
-from wire import PATIENCE, Client
+from wire import PATIENCE, Client, Process
 
 FILES = [f"file:///work/{name}" for name in ("a.py", "b.py", "c.py")]
 TEXTS = ["def add(a, b):\n    return \n", "class Store:\n    def get(self, key):\n        \n", "x = 1\n" * 40]
