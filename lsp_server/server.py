@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 from functools import wraps
 from inspect import isgeneratorfunction
@@ -24,7 +23,6 @@ from inference_pio.lsp_server.protocol import Protocol, claim_stdout
 from inference_pio.lsp_server.session import OpenEngine, Session, open_engine
 from inference_pio.lsp_server.settings import Settings
 
-_log = logging.getLogger(__name__)
 _AHEAD_PAUSE = 0.005   # seconds after a change: a request that comes with it comes first
 
 

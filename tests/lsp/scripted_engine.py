@@ -129,6 +129,7 @@ def main() -> None:
     parser.add_argument("--stamp", action="store_true", help="answer with the time at which that is written")
     parser.add_argument("--load-seconds", type=float, default=0)
     parser.add_argument("--print-to-stdout", action="store_true", help="as a careless library would")
+    parser.add_argument("--stdio", action="store_true")
     parser.add_argument("--port", type=int)
     arguments = parser.parse_args()
     opener = ScriptedEngine.opener(Script([arguments.answer], arguments.token_seconds, arguments.load_seconds, stamp=arguments.stamp), [])

@@ -9,6 +9,8 @@ export class StatusBar implements vscode.Disposable {
   private readonly item = vscode.window.createStatusBarItem("pio.status", vscode.StatusBarAlignment.Right, 100);
   private timer: NodeJS.Timeout | undefined;
   private readonly listener: vscode.Disposable;
+  private model: string | undefined;
+  private rate: number | undefined;   // tokens per second of the last suggestion that the model wrote; many need no model
 
   constructor(private readonly server: Server) {
     this.item.name = "pio";
@@ -33,8 +35,10 @@ export class StatusBar implements vscode.Disposable {
       this.show(`$(loading~spin) pio: ${status.model}${percent}`, `${progress?.stage ?? "load"}: ${progress?.detail ?? status.model}`);
       return this.soon(LOADING);
     }
-    const rate = tokensPerSecond(status.last), { latency } = this.server;
-    const parts = [status.model, status.info?.device ?? "", rate && `${rate.toFixed(0)} tok/s`, latency !== undefined && `${latency.toFixed(0)} ms`];
+    const { latency } = this.server;
+    this.rate = status.last?.stats.tokens_per_second || (status.model === this.model ? this.rate : undefined);
+    this.model = status.model;
+    const parts = [status.model, status.info?.device ?? "", this.rate && `${this.rate.toFixed(0)} tok/s`, latency !== undefined && `${latency.toFixed(0)} ms`];
     this.show(`$(${status.enabled ? "sparkle" : "circle-slash"}) ${parts.filter(Boolean).join(" · ")}`, this.details(status));
   }
 
@@ -59,10 +63,4 @@ export class StatusBar implements vscode.Disposable {
     this.listener.dispose();
     this.item.dispose();
   }
-}
-
-/** Of decoding alone; undefined where it cannot be told. */
-export function tokensPerSecond(last: ServerStatus["last"]): number | undefined {
-  const { generated_tokens: tokens, total_ms: total, first_token_ms: first } = last?.stats ?? {};
-  return tokens > 4 && total > first ? 1000 * (tokens - 1) / (total - first) : undefined;
 }
