@@ -46,7 +46,6 @@ class Server(LanguageServer):
             (types.WORKSPACE_DID_CHANGE_CONFIGURATION, self.on_configuration, None),
             # Without options pygls would not advertise it, and no editor would ask.
             (types.TEXT_DOCUMENT_INLINE_COMPLETION, self.on_inline_completion, types.InlineCompletionOptions()),
-            (types.TEXT_DOCUMENT_COMPLETION, self.on_completion, types.CompletionOptions(trigger_characters=[".", "(", " "])),
             ("pio/status", lambda params: status(self.session), None),
             ("pio/models", self.on_models, None),
             ("pio/chat", self.on_chat, None),
@@ -71,6 +70,9 @@ class Server(LanguageServer):
 
     def on_initialize(self, params: types.InitializeParams) -> None:
         self._configure(params.initialization_options)
+        if not (params.capabilities.text_document and params.capabilities.text_document.inline_completion):
+            options = types.CompletionOptions([".", "(", " "])   # a menu would hide ghost text
+            self.feature(types.TEXT_DOCUMENT_COMPLETION, options)(_plain(self.on_completion))
         if params.process_id and self.protocol.alone:
             self._start(self._watch(params.process_id))
 
@@ -266,8 +268,6 @@ class Server(LanguageServer):
             await self.workspace_apply_edit_async(types.ApplyWorkspaceEditParams(edit=result, label="pio"))
         else:
             self.window_show_message(types.ShowMessageParams(type=types.MessageType.Info, message=result["text"]))
-
-    # ---- wires -----------------------------------------------------------------------------------------------------------
 
     def serve_stdio(self) -> None:
         self.start_io(stdout=claim_stdout())

@@ -186,26 +186,32 @@ def test_ten_thousand_lines_a_read_only_and_a_deleted_file(vscode):
     files = {"long.py": "x = 1\n" * 10_000, "fixed.py": "x = 1\n", "gone.py": "x = 1\n", "a.py": "x = 1\n"}
     editor = vscode(files, command=[*ENGINE, "--answer", "```python\nx = 3\n```"], settings={"files.readonlyInclude": {"**/fixed.py": True}})
 
-    def edit(name: str) -> None:
-        editor.open(name)
+    def edit() -> None:
         editor.press("Control+a")
         editor.command("pio: Edit Selection")
         editor.answer("What should be changed?", "make it three")
 
-    edit("long.py")
+    def accept() -> None:
+        editor.page.wait_for_selector(".monaco-diff-editor .line-insert")
+        editor.press("Control+Enter")
+
+    editor.open("long.py")
+    edit()
     editor.notified("select less")
-    edit("fixed.py")
+    editor.open("fixed.py")
+    edit()
+    accept()
     editor.notified("fixed.py cannot be changed")
+    editor.focus("fixed.py")   # where it is drawn as on the disk
     editor.open("gone.py")
-    (editor.workspace / "gone.py").unlink()
-    editor.page.wait_for_selector('.tab.active:has(.monaco-icon-label-container.deleted), .tab.active .monaco-icon-label.strikethrough')
-    editor.press("Control+a")
-    editor.command("pio: Edit Selection")
-    editor.answer("What should be changed?", "make it three")
-    editor.notified("gone.py cannot be changed")
-    edit("a.py")
+    edit()
     editor.page.wait_for_selector(".monaco-diff-editor .line-insert")
-    editor.press("Control+Enter")
+    (editor.workspace / "gone.py").unlink()
+    accept()
+    editor.notified("gone.py cannot be changed")
+    editor.open("a.py")
+    edit()
+    accept()
     assert editor.saved("a.py") == "x = 3\n"
 
 

@@ -22,7 +22,7 @@ INSTALLED = ROOT / "build" / "vscode"          # by install_vscode.sh
 SHOTS = INSTALLED / "screenshots"
 SERVER = [sys.executable, "-m", "inference_pio.lsp_server"]
 _ENTRY = INSTALLED / "node_modules" / "code-server" / "out" / "node" / "entry.js"
-_PATIENCE = 120       # seconds: how long a machine may take that does much else; no test passes or fails by being fast
+_PATIENCE = 120      # seconds: how long a machine may take that does much else; no test passes or fails by being fast
 _QUIET = {
     "workbench.startupEditor": "none", "security.workspace.trust.enabled": False, "telemetry.telemetryLevel": "off", "update.mode": "none",
     "extensions.autoCheckUpdates": False, "extensions.autoUpdate": False, "workbench.enableExperiments": False, "workbench.tips.enabled": False,
@@ -132,8 +132,11 @@ class VSCode:
 
     def ghost_text(self) -> list[str]:
         """The pieces shown, once there are any: the rest of the cursor's line and those below, in the order of the page."""
-        wait(lambda: self.ghost.count(), "ghost text", editor=self)
-        return [text.replace("\u00a0", " ") for text in self.ghost.all_text_contents()]
+        def pieces() -> list[str]:
+            found = [text.replace("\u00a0", " ") for text in self.ghost.all_text_contents()]
+            return found if any(found) else []
+
+        return wait(pieces, "ghost text", editor=self)
 
     def command(self, title: str) -> None:
         self.page.keyboard.press("F1")

@@ -16,8 +16,14 @@ def test_capabilities_are_advertised_statically(served, offered, chosen):
     capabilities = served().client.initialize(encodings=offered)["capabilities"]
     assert capabilities["inlineCompletionProvider"] is not None and capabilities["inlineCompletionProvider"] is not False
     assert capabilities["positionEncoding"] == chosen
+    assert "completionProvider" in capabilities
     sync = capabilities["textDocumentSync"]
     assert (sync if isinstance(sync, int) else sync["change"]) == 2
+
+
+def test_an_editor_with_ghost_text_is_offered_no_menu_beside_it(served):
+    capabilities = served().client.initialize(text_document={"inlineCompletion": {}})["capabilities"]
+    assert "inlineCompletionProvider" in capabilities and "completionProvider" not in capabilities
 
 
 @pytest.mark.parametrize("encoding, character", [("utf-8", 11), ("utf-16", 9), ("utf-32", 8)])

@@ -100,10 +100,10 @@ class Client:
 
     # ---- what most tests do ----------------------------------------------------------------------------------------------
 
-    def initialize(self, encodings: list[str] | None = None, window: dict | None = None, options: Any = None) -> dict:
+    def initialize(self, encodings: list[str] | None = None, window: dict | None = None, options: Any = None, text_document: dict | None = None) -> dict:
         general = {"positionEncodings": encodings} if encodings else {}
         result = self.request("initialize", {"processId": None, "rootUri": None, "initializationOptions": options,
-                                             "capabilities": {"general": general, "window": window or {}}})
+                                             "capabilities": {"general": general, "window": window or {}, "textDocument": text_document or {}}})
         self.notify("initialized", {})
         return result
 

@@ -68,9 +68,12 @@ export class Edits implements vscode.TextDocumentContentProvider {
     await this.close();
     const edit = new vscode.WorkspaceEdit();
     edit.set(proposal.document.uri, proposal.edits);
-    const done = await vscode.workspace.applyEdit(edit);
-    if (!done) void vscode.window.showErrorMessage(`pio: ${vscode.workspace.asRelativePath(proposal.document.uri)} cannot be changed (read-only or deleted?)`);
-    else await vscode.window.showTextDocument(proposal.document);
+    const { document } = proposal;
+    const applied = await exists(document.uri) && await vscode.workspace.applyEdit(edit), changed = applied && document.isDirty;
+    await vscode.window.showTextDocument(document);
+    if (changed) return;
+    if (applied) await vscode.commands.executeCommand("workbench.action.files.revert");   // VS Code changes read-only text, but not its file
+    void vscode.window.showErrorMessage(`pio: ${vscode.workspace.asRelativePath(document.uri)} cannot be changed: it is read-only or was deleted`);
   }
 
   private async close(): Promise<void> {
@@ -78,6 +81,11 @@ export class Edits implements vscode.TextDocumentContentProvider {
     const tabs = vscode.window.tabGroups.all.flatMap(group => group.tabs);
     await vscode.window.tabGroups.close(tabs.filter(tab => tab.input instanceof vscode.TabInputTextDiff && tab.input.modified.scheme === SCHEME));
   }
+}
+
+/** Untitled documents are on no disk. */
+async function exists(uri: vscode.Uri): Promise<boolean> {
+  try { return uri.scheme === "untitled" || Boolean(await vscode.workspace.fs.stat(uri)); } catch { return false; }
 }
 
 function applied(document: vscode.TextDocument, edits: vscode.TextEdit[]): string {
