@@ -15,7 +15,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-from playwright.sync_api import Frame, Locator, Page, Playwright
+from playwright.sync_api import Frame, Locator, Page, Playwright, TimeoutError
 
 ROOT = Path(__file__).parents[2]
 INSTALLED = ROOT / "build" / "vscode"          # by install_vscode.sh
@@ -139,9 +139,18 @@ class VSCode:
         return wait(pieces, "ghost text", editor=self)
 
     def command(self, title: str) -> None:
-        self.page.keyboard.press("F1")
-        self.page.locator(".quick-input-widget:visible input:focus").fill(f">{title}")
-        self.page.wait_for_selector(f'.quick-input-list .monaco-list-row.focused:has-text("{title}")')
+        """The palette's list is made when it opens: opened again until the extension has told VS Code of its commands."""
+        def offered() -> bool:
+            self.page.keyboard.press("F1")
+            self.page.locator(".quick-input-widget:visible input:focus").fill(f">{title}")
+            try:
+                self.page.wait_for_selector(f'.quick-input-list .monaco-list-row.focused:has-text("{title}")', timeout=3000)
+            except TimeoutError:
+                self.page.keyboard.press("Escape")
+                return False
+            return True
+
+        wait(offered, f"the command {title}", editor=self)
         self.page.keyboard.press("Enter")
 
     def choose(self, title: str, label: str) -> None:
