@@ -41,6 +41,7 @@ class VSCode:
         self.workspace.mkdir()
         for name, text in files.items():
             (self.workspace / name).write_text(text)
+        self._stored = dict(files)
         user = self._data / "User" / "settings.json"
         user.parent.mkdir(parents=True)
         user.write_text(json.dumps({**_QUIET, **(settings or {})}))
@@ -130,9 +131,16 @@ class VSCode:
     def ghost(self) -> Locator:
         return self.page.locator(".ghost-text, .ghost-text-decoration")
 
-    def ghost_text(self) -> list[str]:
-        """The pieces shown, once there are any: the rest of the cursor's line and those below, in the order of the page."""
+    def ghost_text(self, asking: bool = False) -> list[str]:
+        """The pieces shown, once there are any: the rest of the cursor's line and those below, in the order of the page. asking: by the key
+        for it, too: VS Code sees to ghost text only some time after a file was opened, and what was typed before is not asked for."""
+        asked = time.monotonic()
+
         def pieces() -> list[str]:
+            nonlocal asked
+            if asking and time.monotonic() - asked > 3:
+                asked = time.monotonic()
+                self.press("Alt+Backslash")
             found = [text.replace("\u00a0", " ") for text in self.ghost.all_text_contents()]
             return found if any(found) else []
 
@@ -163,11 +171,17 @@ class VSCode:
         self.page.keyboard.press("Enter")
 
     def saved(self, name: str) -> str:
-        """Press Ctrl+S once the file is changed, and read it: the editor's own lines would also hold ghost text."""
-        self.page.wait_for_selector(f'.tab.active.dirty:has-text("{name}")')
-        self.page.keyboard.press("Control+s")
-        self.page.wait_for_selector(f'.tab.active:not(.dirty):has-text("{name}")')
-        return (self.workspace / name).read_text()
+        """What the file holds once it is another than before and has no unsaved changes; Ctrl+S is pressed while it has. The editor's own
+        lines would also hold ghost text."""
+        def stored() -> str | None:
+            if self.page.locator(f'.tab.active.dirty:has-text("{name}")').count():
+                self.press("Control+s")
+                return None
+            text = (self.workspace / name).read_text()
+            return text if text != self._stored[name] else None
+
+        self._stored[name] = wait(stored, f"{name} is saved", editor=self)
+        return self._stored[name]
 
     def frame(self, selector: str) -> Frame:
         """The webview that holds an element: it stands two frames deep."""
