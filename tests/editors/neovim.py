@@ -50,7 +50,7 @@ class Neovim:
             try:
                 if value := condition():
                     return value
-            except (RuntimeError, ValueError):
+            except (RuntimeError, ValueError, FileNotFoundError):
                 pass   # not up yet
             time.sleep(0.01)
         raise AssertionError(f"not within {seconds:.0f} s: {what}")
