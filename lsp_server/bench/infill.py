@@ -61,7 +61,9 @@ class InfillTarget:
         after = "".join(buffer.text[offset:].splitlines(keepends=True)[:SUFFIX_LINES + 1])
         return InfillSuggestion(self, "".join(before), line, after)
 
-    async def cancel(self, suggestion: InfillSuggestion) -> float:
+    async def cancel(self, suggestion: InfillSuggestion) -> float | None:
+        if suggestion.task.done():
+            return None
         began = perf_counter()
         suggestion.task.cancel()
         while perf_counter() - began < IDLE_SECONDS:

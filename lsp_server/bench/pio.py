@@ -111,7 +111,9 @@ class PioTarget:
             "textDocument": {"uri": self._uri(document)}, "position": _lsp(cursor), "context": {"triggerKind": 2}})
         return PioSuggestion(self, pending, cursor, buffer)
 
-    async def cancel(self, suggestion: PioSuggestion) -> float:
+    async def cancel(self, suggestion: PioSuggestion) -> float | None:
+        if suggestion.pending.future.done():
+            return None
         began = perf_counter()
         self.client.cancel(suggestion.pending)
         while perf_counter() - began < IDLE_SECONDS:

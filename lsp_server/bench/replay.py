@@ -74,8 +74,8 @@ class Target(Protocol):
     def suggest(self, document: str, cursor: Position, buffer: Buffer) -> Suggestion:
         """Asks for a suggestion at the cursor."""
 
-    async def cancel(self, suggestion: Suggestion) -> float:
-        """Cancels it and returns the milliseconds until the server's engine does nothing."""
+    async def cancel(self, suggestion: Suggestion) -> float | None:
+        """Cancels it and returns the milliseconds until the server's engine does nothing; None if it was answered before."""
 
 
 class Replay:
@@ -140,7 +140,8 @@ class Replay:
         if event.cancel_after_ms is not None:
             self._shown = ""
             await asyncio.sleep(event.cancel_after_ms / 1e3)
-            self.recording.idle_ms.append(await self.target.cancel(suggestion))
+            if (idle := await self.target.cancel(suggestion)) is not None:
+                self.recording.idle_ms.append(idle)
         elif not event.wait:
             self._shown = ""
             suggestion.abandon()

@@ -80,8 +80,13 @@ async def test_nothing_shown_cannot_be_typed_through(tmp_path):
 
 
 async def test_a_cancelled_request_gives_a_time_to_idle_and_no_sample(tmp_path):
-    recording, _ = await play([key("same line", (0, 3), "x", cancel_after_ms=1)], tmp_path)
+    recording, _ = await play([key("same line", (0, 3), "x", cancel_after_ms=0)], tmp_path)
     assert len(recording.idle_ms) == 1 and recording.idle_ms[0] > 0 and not recording.samples
+
+
+async def test_what_was_answered_before_it_was_cancelled_has_no_time_to_idle(tmp_path):
+    recording, _ = await play([key("same line", (0, 3), "x", cancel_after_ms=1000)], tmp_path)
+    assert not recording.idle_ms and not recording.samples and recording.requests == 1
 
 
 async def test_time_is_shared_between_traces():
@@ -119,7 +124,7 @@ def scripted(monkeypatch, tmp_path):
 def short(tmp_path):
     path = tmp_path / "trace.json"
     events = [key("cold", (0, 3), "x"), *(key("same line", (0, 4 + i), "y") for i in range(3)),
-              {"document": "a.py", "kind": "type-through", "take": 2, "request": True}, key("same line", (0, 7), "z", cancel_after_ms=1)]
+              {"document": "a.py", "kind": "type-through", "take": 2, "request": True}, key("same line", (0, 7), "z", cancel_after_ms=0)]
     document = {"language": "python", "text": "one\ntwo\n"}
     path.write_text(json.dumps({"schema": 1, "name": "short", "documents": {"a.py": document}, "events": events}))
     return path
