@@ -83,7 +83,6 @@ def _kept(path: Path, tensors: dict[str, TensorInfo], chosen: dict[str, DType]) 
     except BadCheckpoint:
         return None
     same = {n: (t.dtype, prod(t.shape)) for n, t in found.items()} == {n: (dtype, prod(tensors[n].shape)) for n, dtype in chosen.items()}
-    # GGUF knows four dimensions at most, and so do the matrices of any checkpoint; a stack of experts has three.
     return found if same else None
 
 
@@ -130,8 +129,7 @@ def _write_rounded(file: BinaryIO, tensor: TensorInfo, scale: TensorInfo | None,
         if scale is None or scale.shape != (-(-rows // 128), wide):
             raise BadCheckpoint(f"tensor {tensor.name!r} is FP8 and lacks its scales {tensor.name + SCALE!r} of [{-(-rows // 128)}, {wide}]")
         scales = scale.floats()
-    chunk = max(128, _CHUNK // (4 * cols) // 128 * 128)   # whole blocks of scales
-    chunk = min(chunk, rows)
+    chunk = min(rows, max(128, _CHUNK // (4 * cols) // 128 * 128))   # whole blocks of scales
     per_row, exact = row_bytes(tensor.dtype, cols), backend.tensor((chunk, cols), DType.F32)
     rounded = backend.tensor((chunk * row_bytes(dtype, cols),), DType.U8)
     for first in range(0, rows, chunk):

@@ -17,7 +17,7 @@ from inference_pio.lsp_server.features.chat import chat
 from inference_pio.lsp_server.features.code_action import ASK, REWRITE, actions
 from inference_pio.lsp_server.features.edit import edit
 from inference_pio.lsp_server.features.inline_completion import begin_ahead, complete, prefetch
-from inference_pio.lsp_server.features.status import explain, models, status
+from inference_pio.lsp_server.features.status import explain, loading, models, status
 from inference_pio.lsp_server.generation import Cursor
 from inference_pio.lsp_server.protocol import Protocol, claim_stdout
 from inference_pio.lsp_server.session import OpenEngine, Session, open_engine
@@ -129,8 +129,7 @@ class Server(LanguageServer):
             percent = int(20 * progress.done / progress.total) * 5 if progress.total else 0
             if token and (progress.stage, percent) != shown:
                 shown = progress.stage, percent
-                verb = {"download": "downloading", "quantize": "rounding the weights of"}.get(progress.stage, "loading")
-                self.work_done_progress.report(token, types.WorkDoneProgressReport(message=f"{verb} {progress.detail}", percentage=percent))
+                self.work_done_progress.report(token, types.WorkDoneProgressReport(message=loading(progress.stage, progress.detail), percentage=percent))
 
         await self.session.load(on_progress)
         error = self.session.error

@@ -25,8 +25,8 @@ from inference_pio.lsp_server.bench.load import OtherLoad
 from inference_pio.lsp_server.bench.pio import PioTarget, command
 from inference_pio.lsp_server.bench.replay import Recording, Target, replay
 from inference_pio.lsp_server.bench.trace import Trace, TraceError, bundled, load
+from inference_pio.lsp_server.features.status import loading
 
-_VERBS = {"download": "downloading", "quantize": "rounding the weights of"}   # what a loading model's stages do
 OTHERS_PATIENCE = 5   # what is compared may be slower: it should get through the same events
 
 
@@ -133,7 +133,7 @@ def _loading(progress: dict[str, Any]) -> str:
     if not progress:
         return "starting the server"
     part = f" {progress['done'] / progress['total']:.0%}" if progress["total"] else ""
-    return f"{_VERBS.get(progress['stage'], 'loading')} {progress['detail']}{part}"
+    return f"{loading(progress['stage'], progress['detail'])}{part}"
 
 
 @contextmanager

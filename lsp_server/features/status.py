@@ -8,6 +8,12 @@ from typing import Any
 from inference_pio.lsp_server.session import LastRequest, Session
 
 
+def loading(stage: str, detail: str) -> str:
+    """What is told to people of a stage of LoadProgress."""
+    verb = {"download": "downloading", "quantize": "rounding the weights of"}.get(stage, "loading")
+    return f"{verb} {detail}"
+
+
 def status(session: Session) -> dict[str, Any]:
     """`pio/status`: state is loading, ready or error; `last` tells of the last completion request."""
     answer: dict[str, Any] = {"state": "ready" if session.engine else "error" if session.error else "loading", "model": session.settings.model,

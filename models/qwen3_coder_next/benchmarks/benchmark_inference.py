@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import json
 from array import array
+from statistics import median
 from time import perf_counter
 
 from random_weights import RandomExperts
 
 from inference_pio.models.qwen3_coder_next.config import Config
 from inference_pio.models.qwen3_coder_next.plugin import PLUGIN
-from inference_pio.native.backend import Backend
+from inference_pio.native.backend import Backend, Graph
 from inference_pio.native.bandwidth import read_bandwidth
 from inference_pio.native.dtype import BLOCKS, DType
 
@@ -81,39 +82,37 @@ class Bench:
             best = min(best, perf_counter() - begin)
         return best
 
-    def step(self, context: int, n: int, steps: int) -> float:
-        """Seconds for a recorded step of n tokens behind `context` tokens; the median of five runs of `steps`."""
+    def record(self, context: int, n: int) -> Graph:
+        """A step of n tokens behind `context` tokens, which has run once."""
         self.fill(context, n)
         self.forward()
         with self.backend.capture() as graph:
             self.forward()
-        seconds = []
-        for _ in range(5):
-            self.backend.synchronize()
-            begin = perf_counter()
-            for _ in range(steps):
-                graph.launch()
-            self.backend.synchronize()
-            seconds.append((perf_counter() - begin) / steps)
-        return sorted(seconds)[2]
+        return graph
+
+    def launch(self, graph: Graph, steps: int) -> float:
+        """Seconds of one of `steps` launches."""
+        self.backend.synchronize()
+        begin = perf_counter()
+        for _ in range(steps):
+            graph.launch()
+        self.backend.synchronize()
+        return (perf_counter() - begin) / steps
+
+    def step(self, context: int, n: int, steps: int) -> float:
+        """Seconds for a recorded step of n tokens behind `context` tokens; the median of five runs of `steps`."""
+        graph = self.record(context, n)
+        return median(self.launch(graph, steps) for _ in range(5))
 
     def checkpoint(self, context: int, steps: int) -> float:
         """Seconds that a step of 16 tokens takes longer if it keeps the state after its eighth token, too. The graph is the same."""
-        self.fill(context, 16)
-        self.forward()
-        with self.backend.capture() as graph:
-            self.forward()
+        graph = self.record(context, 16)
         seconds: dict[int, list[float]] = {-1: [], 2: []}
         for _ in range(5):
             for slot, times in seconds.items():
                 self._put("states_out", [-1] * 7 + [slot] + [-1] * 7 + [1])
-                self.backend.synchronize()
-                begin = perf_counter()
-                for _ in range(steps):
-                    graph.launch()
-                self.backend.synchronize()
-                times.append((perf_counter() - begin) / steps)
-        return sorted(seconds[2])[2] - sorted(seconds[-1])[2]
+                times.append(self.launch(graph, steps))
+        return median(seconds[2]) - median(seconds[-1])
 
     def token_bytes(self, context: int) -> int:
         """What one token reads and writes at least."""
