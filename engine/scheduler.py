@@ -15,6 +15,7 @@ STEP_SECONDS = 0.030   # what a step with prompt tokens may take: this is how lo
 _FIXED = 3             # or so many times what it takes whatever its tokens: a step that reads all experts for a few tokens is a waste
 _LEAST, _MOST = 16, 2048
 _FORGET = 0.8          # weight of a step among those that come after it
+_SLOWER = 1.02         # how much longer than the shortest a step of one token may be and still count: a pause of the machine does not
 
 
 class Work(NamedTuple):
@@ -26,22 +27,33 @@ class Work(NamedTuple):
 
 class StepTimes:
     """Least squares of `seconds = fixed + each * tokens` over the last steps with prompt tokens. `fixed` stays what it was while steps
-    are too much alike to tell the two apart; a step that takes twice or half of what was expected makes everything before it void."""
+    are too much alike to tell the two apart; a step that takes twice or half of what was expected makes everything before it void.
+
+    `fixed` is at least what a step of one token takes. A line does not see that: while weights are read, a few tokens are computed
+    beside it and cost nothing, so that short steps alone look as if each token had its price.
+    """
 
     def __init__(self) -> None:
-        self.fixed, self.each = 0.0, 0.0
-        self._sums = [0.0] * 5   # weights, tokens, tokens^2, seconds, tokens * seconds
+        self.fixed, self.each, self._alone = 0.0, 0.0, 0.0
+        self._forget()
+
+    def _forget(self) -> None:
+        self._line, self._sums = 0.0, [0.0] * 5   # fixed part; weights, tokens, tokens^2, seconds, tokens * seconds
 
     def add(self, tokens: int, seconds: float) -> None:
+        if tokens == 1:
+            self._alone = min(seconds, _SLOWER * self._alone) if self._alone else seconds
+            return
         if not 0.5 < seconds / (self.fixed + self.each * tokens or seconds) < 2.0:
-            self.__init__()
+            self._forget()
         new = (1.0, tokens, tokens * tokens, seconds, tokens * seconds)
         w, n, nn, t, nt = self._sums = [_FORGET * old + value for old, value in zip(self._sums, new)]
         spread = nn / w - (n / w) ** 2
         if spread > (0.1 * n / w) ** 2:
             each = (nt / w - n / w * t / w) / spread
             if each > 0:   # else it is noise
-                self.fixed = max(0.0, (t - each * n) / w)
+                self._line = max(0.0, (t - each * n) / w)
+        self.fixed = max(self._line, self._alone)
         self.each = max(t - self.fixed * w, 0.05 * t) / n
 
 
@@ -82,9 +94,10 @@ class Scheduler:
         return work
 
     def learn(self, tokens: int, seconds: float) -> None:
-        """A step of that many tokens, most of them of prompts, took so long."""
-        if tokens >= _LEAST and seconds > 0:
+        """A step of one token, or of that many of which most are of prompts, took so long."""
+        if seconds > 0 and (tokens == 1 or tokens >= _LEAST):
             self._times.add(tokens, seconds)
+        if seconds > 0 and tokens >= _LEAST:
             fixed = self._times.fixed
             aimed = (max(STEP_SECONDS, _FIXED * fixed) - fixed) / self._times.each
             self._chunk = int(min(max(0.5 * self._chunk + 0.5 * aimed, _LEAST), self._most_tokens, 2 * self._chunk))

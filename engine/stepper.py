@@ -219,8 +219,9 @@ class Stepper:
         self._steps += 1
         self._computed += prompt_tokens
         self._generated += len(tokens)
-        if prompt_tokens > len(work):
-            self._scheduler.learn(sum(count for _, count in work), perf_counter() - begin)
+        computed = sum(count for _, count in work)
+        if prompt_tokens > len(work) or computed == 1:
+            self._scheduler.learn(computed, perf_counter() - begin)
         for (sequence, _), token in zip(ready, tokens):
             if reason := sequence.accept(token):
                 self._finish(sequence, reason)

@@ -52,7 +52,8 @@ static inline const unsigned char *block_at(tops_format f, const unsigned char *
     return header_at(f, group, b) + f.header + b % (f.super / BLOCK) * block_bytes(f);
 }
 
-/* Ask for as many bytes further on: few tokens wait for memory, and a processor's own prefetching ends at boundaries of 4 kB. */
+/* Ask for as many bytes further on, so that they come while these are multiplied: a processor's own prefetching ends at boundaries of
+ * 4 kB, and looks no further while it has work. */
 static inline void ask_ahead(const unsigned char *at, int64_t bytes) {
     enum { AHEAD = 8192 };
     for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(at + AHEAD + line);

@@ -64,6 +64,12 @@ static inline int64_t bf16_pitch(int64_t cols) { return (cols + 1) / 2 * 2; }
 /* out [tokens, GROUP] = rows first .. first + tokens - 1 of x times one group of packed weight rows; fp8 scales by 128 columns */
 typedef void (*tops_tile)(float *out, const unsigned char *group, const tops_rows *x, int64_t first, int tokens, const float *scales);
 
+/* The same for bf16 weights and rows, up to PAIR_TILE tokens, with one group or with two, which share what is loaded of the rows.
+ * Weights `ahead` bytes further on are asked for, while those here are multiplied. */
+#define PAIR_TILE 12
+typedef void (*tops_pair_tile)(float *const out[2], const unsigned char *const group[2], int groups, const tops_rows *x, int64_t first, int tokens,
+                               int64_t ahead);
+
 /* Queries of `tokens` neighbouring rows of one sequence and `heads` query heads that share key-value head `head`, against the
  * positions from .. until - 1: unnormalised output, running maximum and sum for each (token, head). Heads of p values lie `width`
  * apart, p rounded up to 16, with zeros in between; q and out are aligned to 64 bytes. */
@@ -85,7 +91,7 @@ static inline int dtype_slot(int dtype) { return dtype == TOPS_FP8_E4M3 ? 29 : d
 typedef struct {
     const char *name;
     tops_tile tile_f32[DTYPES], tile_q8[DTYPES];
-    tops_tile tile_bf16;      /* of bf16 weights and activations; null: tile_f32 does it */
+    tops_pair_tile tile_bf16; /* of bf16 weights and activations; null: tile_f32 does it */
     void (*rms_norm)(float *out, const float *x, const float *weight, int64_t d, float eps);
     void (*quantize_row)(tops_q8 *q, const float *x, int64_t cols);
     void (*silu_mul)(float *out, const float *gate, const float *up, int64_t count);

@@ -24,7 +24,7 @@ typedef float vec __attribute__((vector_size(4 * LANES), may_alias));
 typedef int32_t lanes __attribute__((vector_size(4 * LANES)));
 
 enum { WIDTH = 256, CHUNK = 32, ROWS = 32 };   /* widest head; positions and rows taken at once */
-enum { FEW = 8, MOST = 12 };                    /* below FEW rows dot products; vectors of a product in registers */
+enum { FEW = 8, MOST = LANES == 16 ? 16 : 12 };  /* below FEW rows dot products; vectors of a product in registers */
 
 #define INLINE static inline __attribute__((always_inline))
 INLINE vec load(const float *at) { return *(const vec *)at; }
@@ -51,7 +51,7 @@ static void product(float *out, int64_t cols, const float *a, int64_t a_cols, co
         for (; c + ACROSS * LANES <= cols; c += ACROSS * LANES) product_tile(TILE_ROWS, ACROSS, out + c, cols, a, a_cols, b + c, inner); \
         for (; c < cols; c += LANES) product_tile(TILE_ROWS, 1, out + c, cols, a, a_cols, b + c, inner); \
     }
-    TAKE(8, 1) TAKE(4, 2) TAKE(3, 4) TAKE(2, 4) TAKE(1, 4)
+    TAKE(8, MOST / 8) TAKE(4, 2) TAKE(3, 4) TAKE(2, 4) TAKE(1, 4)
 #undef TAKE
 }
 

@@ -4,7 +4,7 @@
 #include "../cpu/internal.h"
 
 enum { STORE, ADD, GATE_UP };
-enum { TOKENS_AT_ONCE = 64 };   /* tokens whose prepared rows stay in the cache while a chunk of weight rows passes */
+enum { TOKENS_AT_ONCE = 48 };   /* tokens whose prepared rows stay in the cache while a chunk of weight rows passes */
 
 typedef struct {
     const tops_weight *w;
@@ -55,34 +55,61 @@ static void finish(const linear_job *job, const float *tile, int64_t token, int 
     }
 }
 
-static tops_tile tile_for(const tops_weight *w) {
-    if (w->activations == TOPS_BF16 && w->dtype == TOPS_BF16 && tops_cpu->tile_bf16) return tops_cpu->tile_bf16;
-    bool integers = w->activations == TOPS_Q8_0 && tops_is_quantised(w->dtype);
-    return integers ? tops_cpu->tile_q8[dtype_slot(w->dtype)] : tops_cpu->tile_f32[dtype_slot(w->dtype)];
+static bool in_pairs(const tops_weight *w) { return tops_cpu->tile_bf16 && w->activations == TOPS_BF16 && w->dtype == TOPS_BF16; }
+
+/* A group of the job: the matrix in which it lies (the gate's for GATE_UP), its number there, and its first column of the output. */
+typedef struct {
+    const tops_weight *w;
+    int64_t group, column;
+} place;
+
+static place place_of(const linear_job *job, int64_t group) {
+    place at = {job->w, group, group * GROUP};
+    if (job->mode == GATE_UP) return at;
+    for (int64_t before = 0; at.group >= group_count(at.w->rows); at.w++) {
+        at.group -= group_count(at.w->rows);
+        before += at.w->rows;
+        at.column = before + at.group * GROUP;
+    }
+    return at;
 }
 
-static void run_group(const linear_job *job, int64_t group, int64_t first, int64_t until) {
-    int64_t row = 0, part = 0;
-    if (job->mode != GATE_UP)
-        for (; group >= group_count(job->w[part].rows); part++) {
-            group -= group_count(job->w[part].rows);
-            row += job->w[part].rows;
-        }
-    const tops_weight *w = job->w + part;
-    int64_t left = w->rows - group * GROUP, bytes = tops_group_bytes(w->dtype, w->cols);
-    int count = left < GROUP ? (int)left : GROUP;
+static const unsigned char *packed(const tops_weight *w, int64_t group) {
+    return (const unsigned char *)w->data + group * tops_group_bytes(w->dtype, w->cols);
+}
+
+static int rows_in(const tops_weight *w, int64_t group) { return w->rows - group * GROUP < GROUP ? (int)(w->rows - group * GROUP) : GROUP; }
+
+static void multiply(float *out, const linear_job *job, const tops_weight *w, int64_t group, int64_t t, int tokens) {
+    const float *scales = w->scales ? w->scales + group * GROUP / 128 * ((w->cols + 127) / 128) : NULL;
+    bool integers = w->activations == TOPS_Q8_0 && tops_is_quantised(w->dtype);
+    (integers ? tops_cpu->tile_q8 : tops_cpu->tile_f32)[dtype_slot(w->dtype)](out, packed(w, group), &job->x, t, tokens, scales);
+}
+
+static void run_group(const linear_job *job, place at, int64_t first, int64_t until) {
     for (int64_t t = first; t < until; t += TILE) {
         int tokens = until - t < TILE ? (int)(until - t) : TILE;
         float tile[TILE * GROUP], up[TILE * GROUP];
-        const float *scales = w->scales ? w->scales + group * GROUP / 128 * ((w->cols + 127) / 128) : NULL;
-        tile_for(w)(tile, (const unsigned char *)w->data + group * bytes, &job->x, t, tokens, scales);
+        multiply(tile, job, at.w, at.group, t, tokens);
         if (job->mode == GATE_UP) {
-            const tops_weight *other = w + 1;
-            scales = other->scales ? other->scales + group * GROUP / 128 * ((w->cols + 127) / 128) : NULL;
-            tile_for(other)(up, (const unsigned char *)other->data + group * tops_group_bytes(other->dtype, w->cols), &job->x, t, tokens, scales);
+            multiply(up, job, at.w + 1, at.group, t, tokens);
             tops_cpu->silu_mul(tile, tile, up, tokens * GROUP);
         }
-        finish(job, tile, t, tokens, row + group * GROUP, count);
+        finish(job, tile, t, tokens, at.column, rows_in(at.w, at.group));
+    }
+}
+
+/* Two groups at once: neighbours, of which there may be one, or a gate's and an up's. */
+static void run_pair(const linear_job *job, place at, int groups, int64_t first, int64_t until) {
+    bool gated = job->mode == GATE_UP;
+    const unsigned char *pair[2] = {packed(at.w, at.group), gated ? packed(at.w + 1, at.group) : packed(at.w, at.group + 1)};
+    int64_t ahead = tops_group_bytes(at.w->dtype, at.w->cols) * (gated ? 1 : 2);
+    float tile[2][PAIR_TILE * GROUP], *const out[2] = {tile[0], tile[1]};
+    for (int64_t t = first; t < until; t += PAIR_TILE) {
+        int tokens = until - t < PAIR_TILE ? (int)(until - t) : PAIR_TILE;
+        tops_cpu->tile_bf16(out, pair, gated ? 2 : groups, &job->x, t, tokens, ahead);
+        if (gated) tops_cpu->silu_mul(tile[0], tile[0], tile[1], tokens * GROUP);
+        for (int g = 0; g < groups; g++) finish(job, tile[g], t, tokens, at.column + g * GROUP, rows_in(at.w, at.group + g));
     }
 }
 
@@ -91,7 +118,17 @@ static void run_chunk(void *context, int64_t item) {
     int64_t from = item * job->chunk, to = from + job->chunk < job->groups ? from + job->chunk : job->groups;
     for (int64_t first = 0; first < job->n; first += TOKENS_AT_ONCE) {
         int64_t until = first + TOKENS_AT_ONCE < job->n ? first + TOKENS_AT_ONCE : job->n;
-        for (int64_t group = from; group < to; group++) run_group(job, group, first, until);
+        for (int64_t group = from; group < to;) {
+            place at = place_of(job, group);
+            if (job->mode == GATE_UP ? in_pairs(at.w) && in_pairs(at.w + 1) : in_pairs(at.w)) {
+                int groups = job->mode != GATE_UP && group + 1 < to && at.group + 1 < group_count(at.w->rows) ? 2 : 1;
+                run_pair(job, at, groups, first, until);
+                group += groups;
+            } else {
+                run_group(job, at, first, until);
+                group++;
+            }
+        }
     }
 }
 
@@ -101,7 +138,7 @@ static int run(tops_stream *stream, void *out, const void *x, const float *norm,
     REQUIRE(parts >= 1, "parts: must be at least 1, not %d", parts);
     REQUIRE(dtype == TOPS_F32 || dtype == TOPS_BF16, "dtype: must be f32 or bf16, not %d", dtype);
     int64_t cols = w->cols, rows = 0, groups = 0;
-    bool quantise = false, round = false;
+    bool quantise = false, round = false, pairs = false;
     for (int i = 0; i < parts; i++) {
         REQUIRE(w[i].cols == cols, "w[%d].cols: must be %lld as in the first part, not %lld", i, (long long)cols, (long long)w[i].cols);
         REQUIRE(tops_packed_bytes(w[i].dtype, w[i].rows, cols) >= 0, "w[%d]: no kernel for dtype %d with %lld columns", i, w[i].dtype, (long long)cols);
@@ -109,6 +146,7 @@ static int run(tops_stream *stream, void *out, const void *x, const float *norm,
         groups += group_count(w[i].rows);
         quantise = quantise || (w[i].activations == TOPS_Q8_0 && tops_is_quantised(w[i].dtype));
         round = round || w[i].activations == TOPS_BF16;
+        pairs = pairs || (mode != GATE_UP && in_pairs(&w[i]));
     }
     if (n == 0 || rows == 0) return TOPS_OK;
 
@@ -133,6 +171,7 @@ static int run(tops_stream *stream, void *out, const void *x, const float *norm,
                       .x = {f32, prepare.q8, prepare.bf16, cols}};
     int64_t shares = tops_team_threads(stream->team) * 8;
     job.chunk = (job.groups + shares - 1) / shares;
+    if (pairs && n > 1) job.chunk += job.chunk % 2;
     tops_team_run(stream->team, (job.groups + job.chunk - 1) / job.chunk, run_chunk, &job);
     return TOPS_OK;
 }

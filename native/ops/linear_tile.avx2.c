@@ -110,7 +110,7 @@ INLINE void tile_q8(int dtype, int tokens, int side, float *out, const unsigned 
     for (int64_t b = 0; b < blocks; group += super_bytes(f)) {
         const unsigned char *block = group + f.header;
         for (int i = 0; i < in_super; i++, b++, block += block_bytes(f)) {
-            if (tokens <= 2 && side == 0) ask_ahead(block, block_bytes(f));
+            if (side == 0) ask_ahead(block, block_bytes(f));
             __m256i code[8];
             codes_of(code, f, block + f.affine, side);
             affine a = affine_of_rows(dtype, group, block, side);

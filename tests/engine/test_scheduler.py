@@ -30,6 +30,20 @@ def test_where_a_step_is_slow_whatever_it_holds_it_holds_more():
     assert chunk > 1000 and fixed + each * chunk < 4 * fixed
 
 
+def test_what_is_computed_while_weights_are_read_is_not_taken_for_cheap():
+    """bf16 weights on a CPU: reading them takes 24 ms, and in that time 24 tokens are computed. Steps of 16 tokens alone would
+    look like 1.5 ms a token, and stay steps of 16; what a step of one token takes tells them apart."""
+    read, each = 0.024, 1e-3
+    scheduler, draw = Scheduler(512, 16), random.Random(1)
+    for answer in range(4):
+        for _ in range(10):   # a prompt
+            tokens = max(16, int(scheduler.chunk * draw.uniform(0.7, 1.0)))
+            scheduler.learn(tokens, max(read, each * tokens) * draw.uniform(0.95, 1.05))
+        for token in range(30):
+            scheduler.learn(1, 0.5 if token == 7 else read * draw.uniform(1.0, 1.1))   # once the machine pauses
+    assert 1.5 * read < each * scheduler.chunk < 4 * read
+
+
 def test_limits_hold():
     assert learned(0.0, 1e-7) == 2048 and learned(0.0, 1e-7, most=512) == 512
     assert learned(0.0, 0.1) == 16
