@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from inference_pio.engine.page_pool import PagePool
-from inference_pio.engine.radix_cache import DEVICE, HOST, Checkpoint, RadixCache
+from inference_pio.engine.radix_cache import DEVICE, HOST, Checkpoint, RadixCache, Worst
 from inference_pio.engine.errors import EngineError
 from inference_pio.engine.sequence import NOTHING, HeldState, Keep, Sequence
 
@@ -44,10 +44,11 @@ def marks(length: int, segment_ends: Iterable[int]) -> list[int]:
 
 @dataclass
 class HostTier:
-    """Slots in the host's memory; the copies are between slot numbers (device, host), in the order of the device's work."""
+    """Slots in the host's memory; the copies are between slot numbers (device, host), in the order of the device's work. `save` gives
+    False if the host's memory is used up by others."""
 
     pool: PagePool
-    save: Callable[[int, int], None]
+    save: Callable[[int, int], bool]
     restore: Callable[[int, int], None]
 
 
@@ -145,14 +146,19 @@ class Checkpoints:
         worst = self.cache.worst_checkpoint(DEVICE)
         if worst is None:
             return False
-        if worst.gap >= APART and self._host_has_room(worst.worth):   # what is nearer is computed again as fast as it is copied
-            slot = self.host.pool.take()
-            self.host.save(worst.node.checkpoints[worst.offset].slot, slot)
-            self.cache.move_to_host(worst.node, worst.offset, slot)
-            self.saved += 1
-        else:
+        # What is nearer is computed again as fast as it is copied.
+        if worst.gap < APART or not self._host_has_room(worst.worth) or not self._move_to_host(worst):
             self.cache.drop(worst.node, worst.offset)
             self.dropped += 1
+        return True
+
+    def _move_to_host(self, worst: Worst) -> bool:
+        slot = self.host.pool.take()
+        if not self.host.save(worst.node.checkpoints[worst.offset].slot, slot):
+            self.host.pool.release(slot)
+            return False
+        self.cache.move_to_host(worst.node, worst.offset, slot)
+        self.saved += 1
         return True
 
     def _host_has_room(self, worth: float) -> bool:

@@ -68,8 +68,7 @@ class Engine:
         """
         report = progress or (lambda _: None)
         located = hub.locate(model, lambda done, total: report(LoadProgress("download", done, total, str(model))))
-        checkpoint = loading.open_checkpoint(located)
-        backend = loading.open_backend(device, threads)
+        checkpoint, backend = loading.open_both(located, device, threads)
         try:
             checkpoint = loading.quantize(checkpoint, weights, backend, lambda done, total: report(LoadProgress("quantize", done, total, str(model))))
             plan = loading.plan(checkpoint, backend, activations, memory, context, checkpoints, host_checkpoints)

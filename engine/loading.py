@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from math import inf, prod
 from pathlib import Path
@@ -120,6 +121,18 @@ def open_backend(device: str, threads: int) -> Backend:
         raise DeviceError(str(error)) from None
 
 
+def open_both(located: Located, device: str, threads: int) -> tuple[Checkpoint, Backend]:
+    """Side by side: a GPU's driver takes its time to start, a tokenizer to be built."""
+    with ThreadPoolExecutor(1) as beside:
+        opening = beside.submit(open_backend, device, threads)
+        try:
+            return open_checkpoint(located), opening.result()
+        except BaseException:
+            if opening.exception() is None:
+                opening.result().close()
+            raise
+
+
 def quantize(checkpoint: Checkpoint, weights: str, backend: Backend, progress: Callable[[int, int], None]) -> Checkpoint:
     """The same checkpoint with its matrices in fewer bits, if `weights` says so (auto, q8 or q4)."""
     if weights == "auto":
@@ -208,8 +221,9 @@ def load(checkpoint: Checkpoint, backend: Backend, plan: Plan, progress: Callabl
     try:
         weights = checkpoint.plugin.load(checkpoint.config, store, backend)
         store.finish()
+        backend.end_packing()
         runner = Runner(backend, checkpoint.plugin, checkpoint.config, weights, storage=plan.storage, cache_dtype=plan.cache_dtype,
-                        pages=plan.pages, slots=plan.states, host_slots=plan.host_states, context=plan.context,
+                        pages=plan.pages, slots=plan.states, context=plan.context,
                         vocabulary=checkpoint.tokenizer.vocabulary if checkpoint.tokenizer else 0)
     except native.OutOfMemory as error:
         raise OutOfMemory(f"{checkpoint.path.name} does not fit on {backend.device}: {error}. "

@@ -13,6 +13,7 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
@@ -97,11 +98,12 @@ def _write(path: Path, tensors: dict[str, TensorInfo], chosen: dict[str, DType],
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.stem, suffix=".part", delete=False) as file:
             partial = Path(file.name)
             file.write(_header(tensors, chosen, sizes))
-            for name, dtype in chosen.items():
-                _write_rounded(file, tensors[name], tensors.get(name + SCALE), dtype, backend)
-                file.write(bytes(-sizes[name] % _ALIGN))
-                done += sizes[name]
-                progress(done, total)
+            with closing(_Rounder(backend, [tensors[name] for name in chosen])) as rounder:
+                for name, dtype in chosen.items():
+                    rounder.write(file, tensors[name], tensors.get(name + SCALE), dtype)
+                    file.write(bytes(-sizes[name] % _ALIGN))
+                    done += sizes[name]
+                    progress(done, total)
         os.replace(partial, path)   # whole or not at all, however many start at once
     except OSError as error:
         raise EngineError(f"the rounded weights take {total / 1e9:.1f} GB in {path.parent}: {error.strerror or error}. Make room there, or "
@@ -121,22 +123,37 @@ def _header(tensors: dict[str, TensorInfo], chosen: dict[str, DType], sizes: dic
     return bytes(head) + bytes(-len(head) % _ALIGN)
 
 
-def _write_rounded(file: BinaryIO, tensor: TensorInfo, scale: TensorInfo | None, dtype: DType, backend: Backend) -> None:
-    """The rows of one tensor, some at a time."""
+class _Rounder:
+    """Rounds any of the tensors, some rows at a time, through the same memory."""
+
+    def __init__(self, backend: Backend, tensors: Sequence[TensorInfo]):
+        values = max(_rows_at_once(tensor) * tensor.shape[-1] for tensor in tensors)
+        self._backend = backend
+        self._exact = backend.tensor((values,), DType.F32)
+        self._rounded = backend.tensor((row_bytes(DType.Q8_0, values),), DType.U8)   # the larger of the two formats
+
+    def close(self) -> None:
+        self._backend.free(self._rounded)
+        self._backend.free(self._exact)
+        self._backend.end_packing()
+
+    def write(self, file: BinaryIO, tensor: TensorInfo, scale: TensorInfo | None, dtype: DType) -> None:
+        cols, rows, at_once = tensor.shape[-1], prod(tensor.shape[:-1]), _rows_at_once(tensor)
+        scales, wide = None, -(-cols // 128)
+        if tensor.dtype == DType.FP8_E4M3:
+            if scale is None or scale.shape != (-(-rows // 128), wide):
+                raise BadCheckpoint(f"tensor {tensor.name!r} is FP8 and lacks its scales {tensor.name + SCALE!r} of [{-(-rows // 128)}, {wide}]")
+            scales = scale.floats()
+        per_row, exact = row_bytes(tensor.dtype, cols), self._exact.reshaped((at_once, cols))
+        for first in range(0, rows, at_once):
+            count = min(at_once, rows - first)
+            block = None if scales is None else struct.pack(f"<{-(-count // 128) * wide}f", *scales[first // 128 * wide:-(-(first + count) // 128) * wide])
+            self._backend.decode(exact, tensor.data[first * per_row:(first + count) * per_row], tensor.dtype, count, cols, block)
+            ops.quantize(self._rounded, exact, dtype, count, cols)
+            file.write(self._backend.copy_out(self._rounded, count * row_bytes(dtype, cols)))
+
+
+def _rows_at_once(tensor: TensorInfo) -> int:
+    """Whole blocks of scales, if the tensor has more than one."""
     cols, rows = tensor.shape[-1], prod(tensor.shape[:-1])
-    scales, wide = None, -(-cols // 128)
-    if tensor.dtype == DType.FP8_E4M3:
-        if scale is None or scale.shape != (-(-rows // 128), wide):
-            raise BadCheckpoint(f"tensor {tensor.name!r} is FP8 and lacks its scales {tensor.name + SCALE!r} of [{-(-rows // 128)}, {wide}]")
-        scales = scale.floats()
-    chunk = min(rows, max(128, _CHUNK // (4 * cols) // 128 * 128))   # whole blocks of scales
-    per_row, exact = row_bytes(tensor.dtype, cols), backend.tensor((chunk, cols), DType.F32)
-    rounded = backend.tensor((chunk * row_bytes(dtype, cols),), DType.U8)
-    for first in range(0, rows, chunk):
-        count = min(chunk, rows - first)
-        block = None if scales is None else struct.pack(f"<{-(-count // 128) * wide}f", *scales[first // 128 * wide:-(-(first + count) // 128) * wide])
-        backend.decode(exact, tensor.data[first * per_row:(first + count) * per_row], tensor.dtype, count, cols, block)
-        ops.quantize(rounded, exact, dtype, count, cols)
-        file.write(backend.copy_out(rounded, count * row_bytes(dtype, cols)))
-    backend.free(rounded)
-    backend.free(exact)
+    return min(rows, max(128, _CHUNK // (4 * cols) // 128 * 128))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from inference_pio.engine.sequence import HISTORY, Sequence
 from inference_pio.models.contract import ModelPlugin
 from inference_pio.native import ops
-from inference_pio.native.backend import Backend, Graph, Tensor
+from inference_pio.native.backend import Backend, Graph, OutOfMemory, Tensor
 from inference_pio.native.dtype import DType
 
 PAGE_SIZE = 16
@@ -39,7 +39,7 @@ class Runner:
     """The model with its workspace, cache and batch."""
 
     def __init__(self, backend: Backend, plugin: ModelPlugin, config: Any, weights: Any, *, storage: DType, cache_dtype: DType,
-                 pages: int, slots: int, host_slots: int, context: int, vocabulary: int):
+                 pages: int, slots: int, context: int, vocabulary: int):
         self.backend, self._plugin, self._config, self._weights = backend, plugin, config, weights
         layout = plugin.cache_layout(config)
         self._most_tokens = self.most_tokens(backend)
@@ -48,7 +48,8 @@ class Runner:
         s, states = layout.states, ()
         if s is not None:
             self._states, states = backend.states(s.layers, slots, s.hk, s.hv, s.pk, s.pv, s.taps)
-            self._host_states = [backend.host_buffer(s.nbytes) for _ in range(host_slots)]
+            self._state_bytes = s.nbytes
+            self._host_states: dict[int, memoryview] = {}   # by slot, each from when it is first needed: pinning takes its time
         self._cache = layout.in_order(kv, states)
         self._page_bytes = layout.g * PAGE_SIZE * layout.p * (4 if cache_dtype == DType.F32 else 2)
         self._planes, self._pages = 2 * layout.layers, pages
@@ -56,6 +57,7 @@ class Runner:
         self._workspace = plugin.workspace(config, backend, self._most_tokens, SCORED_ROWS, storage)
         self._graphs: dict[int, tuple[Graph, Tensor]] = {}
         self._staging = backend.host_buffer(self._batch.block.nbytes).cast("i")
+        self._staging[:] = array("i", [0]) * len(self._staging)   # a page table's unused places are copied, too
         base = int(backend.ffi.cast("uintptr_t", self._batch.block.pointer))
         self._fields = {name: (int(backend.ffi.cast("uintptr_t", getattr(self._batch, name).pointer)) - base) // 4
                         for name in ("ids", "positions", "slots", "sequences", "states_out", "logit_rows", "query_starts", "states_in", "page_table")}
@@ -87,10 +89,16 @@ class Runner:
         self.backend.copy_2d(self._pool, out * self._page_bytes, pitch, self._pool, source * self._page_bytes, pitch,
                              self._page_bytes, self._planes)
 
-    def save_state(self, slot: int, host_slot: int) -> None:
-        """Copy a recurrent state of all layers to the host's memory, behind the steps before."""
+    def save_state(self, slot: int, host_slot: int) -> bool:
+        """Copy a recurrent state of all layers to the host's memory, behind the steps before. False if the host has no room for it."""
+        if host_slot not in self._host_states:
+            try:
+                self._host_states[host_slot] = self.backend.host_buffer(self._state_bytes)
+            except OutOfMemory:
+                return False
         host = self._host_states[host_slot]
         self.backend.copy_out_async(host, self._states, slot * len(host))
+        return True
 
     def restore_state(self, slot: int, host_slot: int) -> None:
         host = self._host_states[host_slot]

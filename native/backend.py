@@ -9,14 +9,13 @@ from dataclasses import dataclass, field
 from math import prod
 
 from inference_pio.native import library
-from inference_pio.native.dtype import BLOCKS, DType, row_bytes
+from inference_pio.native.dtype import BLOCKS, DType
 from inference_pio.native.library import DeviceFailed, NoDevice, OutOfMemory, TensorOpsError
+from inference_pio.native.packing import Packer
 from inference_pio.native.tensor import KV, Batch, States, Tensor, Weight
 
 __all__ = ["Backend", "Batch", "DeviceFailed", "Graph", "KV", "NoDevice", "OutOfMemory", "States", "Tensor",
            "TensorOpsError", "Weight"]
-
-_ARENA = 32 << 20   # weights share blocks of this size: a 2 MB page for every small matrix would double a small model
 
 
 @dataclass
@@ -48,8 +47,7 @@ class Backend:
         self.recording: list[tuple] | None = None
         self._owned: dict[int, int] = {}    # address -> bytes
         self._pinned: dict[int, int] = {}
-        self._arena, self._arena_used = 0, 0
-        self._staging: Tensor | None = None   # what files hold, on its way to being packed
+        self._packer = Packer(self)
         self.build = self.ffi.string(self.lib.tops_build()).decode()
         name = self.ffi.new("char[256]")
         self.check(self.lib.tops_device_name(index, name, 256))
@@ -98,7 +96,8 @@ class Backend:
 
     # ---- memory ----------------------------------------------------------------------------------------------------------
 
-    def _alloc(self, nbytes: int):
+    def allocate(self, nbytes: int):
+        """Zeros: a pointer to memory that is freed when the backend closes."""
         handle = self.ffi.new("void **")
         self.check(self.lib.tops_alloc(self.stream, handle, max(nbytes, 1)))
         self._owned[int(self.ffi.cast("uintptr_t", handle[0]))] = max(nbytes, 1)
@@ -106,7 +105,7 @@ class Backend:
 
     def tensor(self, shape: Sequence[int], dtype: DType) -> Tensor:
         """A tensor of zeros."""
-        return Tensor(self, self._alloc(prod(shape) * BLOCKS[dtype][1]), tuple(shape), dtype)
+        return Tensor(self, self.allocate(prod(shape) * BLOCKS[dtype][1]), tuple(shape), dtype)
 
     def free(self, tensor: Tensor) -> None:
         """Only for what `tensor` gave."""
@@ -114,7 +113,7 @@ class Backend:
         self.check(self.lib.tops_free(self.stream, tensor.pointer, nbytes))
 
     def host_buffer(self, nbytes: int) -> memoryview:
-        """Host memory that the device copies from and to fastest, as writable bytes."""
+        """Host memory that the device copies from and to fastest, as writable bytes of any value."""
         handle = self.ffi.new("void **")
         self.check(self.lib.tops_alloc_host(self.stream, handle, max(nbytes, 1)))
         self._pinned[int(self.ffi.cast("uintptr_t", handle[0]))] = max(nbytes, 1)
@@ -179,74 +178,19 @@ class Backend:
 
     def pack(self, parts: Sequence[tuple], activations: DType) -> Weight:
         """Matrices (rows as files hold them, dtype, rows, cols, f32 block scales or None) as one stacked Weight."""
-        return self._pack_stacks([[part] for part in parts], activations, self.lib.tops_packed_bytes, self.lib.tops_pack)
+        return self._packer.pack([[part] for part in parts], activations, self.lib.tops_packed_bytes, self.lib.tops_pack)
 
     def pack_experts(self, parts: Sequence[Sequence[tuple]], activations: DType) -> Weight:
         """Each part is a stack of matrices of one shape and format, which lie one after the other: one for each expert."""
-        return self._pack_stacks(parts, activations, self.lib.tops_packed_expert_bytes, self.lib.tops_pack_expert)
-
-    def _pack_stacks(self, parts: Sequence[Sequence[tuple]], activations: DType, packed_bytes, pack) -> Weight:
-        struct = self.ffi.new("tops_weight[]", len(parts))
-        total, keep = 0, []
-        for entry, matrices in zip(struct, parts, strict=True):
-            _, dtype, rows, cols, scales = matrices[0]
-            if any(matrix[1:4] != (dtype, rows, cols) or (matrix[4] is None) != (scales is None) for matrix in matrices):
-                raise ValueError(f"the experts of a layer must all be {DType(dtype).name} of {rows} x {cols}")
-            expected = rows * row_bytes(dtype, cols)
-            nbytes = packed_bytes(dtype, rows, cols)
-            if nbytes < 0:
-                raise TensorOpsError(f"{self.device} has no kernels for a {DType(dtype).name} matrix of {rows} x {cols}")
-            entry.data = self._arena_take(nbytes * len(matrices))
-            for index, matrix in enumerate(matrices):
-                data = memoryview(matrix[0]).cast("B")
-                if len(data) != expected:
-                    raise ValueError(f"a {DType(dtype).name} matrix of {rows} x {cols} has {expected} bytes, not {len(data)}")
-                self._pack_into(pack, self.ffi.cast("char *", entry.data) + index * nbytes, data, dtype, rows, cols)
-            if scales is not None:
-                blocks = self.tensor((len(matrices), -(-rows // 128), -(-cols // 128)), DType.F32)
-                for index, matrix in enumerate(matrices):
-                    self.copy_in(blocks.rows(index, 1), matrix[4])
-                entry.scales = self.ffi.cast("float *", blocks.pointer)
-                keep.append(blocks)
-            entry.rows, entry.cols, entry.dtype, entry.activations = rows * len(matrices), cols, dtype, activations
-            total += nbytes * len(matrices)
-        (cols,) = {part[0][3] for part in parts}
-        return Weight(struct, tuple(len(part) * part[0][2] for part in parts), cols, total,
-                      tuple(DType(part[0][1]) for part in parts), tuple(keep))
-
-    def _pack_into(self, pack, out, data: memoryview, dtype: DType, rows: int, cols: int) -> None:
-        if self.kind == "cpu":
-            self.check(pack(self.stream, out, self.ffi.from_buffer(data), dtype, rows, cols))
-            return
-        if self._staging is None or self._staging.nbytes < len(data):
-            if self._staging is not None:
-                self.free(self._staging)
-            self._staging = self.tensor((len(data),), DType.U8)
-        self.copy_in(self._staging, data)
-        self.check(pack(self.stream, out, self._staging.pointer, dtype, rows, cols))
+        return self._packer.pack(parts, activations, self.lib.tops_packed_expert_bytes, self.lib.tops_pack_expert)
 
     def decode(self, out: Tensor, data, dtype: DType, rows: int, cols: int, scales=None) -> None:
         """out f32 [>= rows, cols] = the values of rows as files hold them, exactly; scales: f32 of each block of 128 x 128, for fp8."""
-        packed = self.tensor((self.lib.tops_packed_bytes(dtype, rows, cols),), DType.U8)
-        weight = self.ffi.new("tops_weight *", {"data": packed.pointer, "rows": rows, "cols": cols, "dtype": dtype, "activations": DType.F32})
-        made = [packed]
-        if scales is not None:
-            made.append(self.tensor((-(-rows // 128), -(-cols // 128)), DType.F32))
-            self.copy_in(made[1], scales)
-            weight.scales = self.ffi.cast("float *", made[1].pointer)
-        self._pack_into(self.lib.tops_pack, packed.pointer, memoryview(data).cast("B"), dtype, rows, cols)
-        self.check(self.lib.tops_unpack_rows(self.stream, out.pointer, weight, 0, rows))
-        for tensor in made:
-            self.free(tensor)
+        self._packer.decode(out, data, dtype, rows, cols, scales)
 
-    def _arena_take(self, nbytes: int):
-        nbytes = -(-nbytes // 256) * 256
-        if nbytes > _ARENA // 4:
-            return self._alloc(nbytes)
-        if not self._arena or self._arena_used + nbytes > _ARENA:
-            self._arena, self._arena_used = self._alloc(_ARENA), 0
-        self._arena_used += nbytes
-        return self.ffi.cast("char *", self._arena) + (self._arena_used - nbytes)
+    def end_packing(self) -> None:
+        """Free what is only needed while weights are packed or decoded."""
+        self._packer.end()
 
     def kv_cache(self, layers: int, pages: int, g: int, page_size: int, p: int, dtype: DType) -> tuple[Tensor, tuple[KV, ...]]:
         """Keys and values of all layers in one tensor [layers, 2, pages, g, page_size, p]: a page of all layers is one copy_2d."""

@@ -31,6 +31,12 @@ class Tensor:
         address = self.backend.ffi.cast("char *", self.pointer) + first * row
         return Tensor(self.backend, self.backend.ffi.cast("void *", address), (count, *self.shape[1:]), self.dtype)
 
+    def reshaped(self, shape: tuple[int, ...]) -> Tensor:
+        """The first values in another shape: a view."""
+        if prod(shape) > prod(self.shape):
+            raise ValueError(f"a tensor of {list(self.shape)} has fewer values than {list(shape)}")
+        return Tensor(self.backend, self.pointer, shape, self.dtype)
+
     def __repr__(self) -> str:
         return f"Tensor({list(self.shape)}, {self.dtype.name}, {self.backend.device})"
 

@@ -93,15 +93,22 @@ static inline int code_at(tops_format f, const unsigned char *block, int row, in
     return code;
 }
 
-static inline void set_code(tops_format f, unsigned char *block, int row, int c, int code) {
-    unsigned char *codes = block + f.affine;
-    int vector = c / 4, lane = row * 4 + c % 4;
+/* All codes of a row in a block that was zeros: a word of four columns at a time, which is how they lie together. */
+static inline void set_codes(tops_format f, unsigned char *block, int row, const unsigned char codes[BLOCK]) {
+    unsigned char *out = block + f.affine, pairs[BLOCK / 2];
     if (f.bits == 8) {
-        codes[vector * 64 + lane] = (unsigned char)code;
+        for (int v = 0; v < 8; v++) memcpy(out + v * 64 + row * 4, codes + 4 * v, 4);
         return;
     }
-    codes[vector % 4 * 64 + lane] |= (unsigned char)((code & 15) << (vector / 4 * 4));
-    for (int bit = 4; bit < f.bits; bit++) codes[256 + (bit - 4) * 64 + vector * 8 + lane / 8] |= (unsigned char)((code >> bit & 1) << lane % 8);
+    for (int c = 0; c < BLOCK / 2; c++) pairs[c] = (unsigned char)((codes[c] & 15) | codes[c + BLOCK / 2] << 4);
+    for (int v = 0; v < 4; v++) memcpy(out + v * 64 + row * 4, pairs + 4 * v, 4);
+    for (int bit = 4; bit < f.bits; bit++)
+        for (int v = 0; v < 8; v++) {
+            uint32_t four;
+            memcpy(&four, codes + 4 * v, 4);
+            four = (four >> bit & 0x01010101) * 0x01020408 >> 24;   /* bit 8 c goes to bit c */
+            out[256 + (bit - 4) * 64 + v * 8 + row / 2] |= (unsigned char)((four & 15) << row % 2 * 4);
+        }
 }
 
 #endif

@@ -176,6 +176,25 @@ int tops_copy_in(tops_stream *stream, void *out, const void *host, int64_t bytes
     if (bytes) memmove(out, host, (size_t)bytes);
     return TOPS_OK;
 }
+
+typedef struct {
+    unsigned char *out;
+    const void *const *hosts;
+    int64_t bytes;
+} pieces_job;
+
+static void copy_piece(void *context, int64_t piece) {
+    const pieces_job *job = context;
+    memcpy(job->out + piece * job->bytes, job->hosts[piece], (size_t)job->bytes);
+}
+
+int tops_copy_in_pieces(tops_stream *stream, void *out, const void *const *hosts, int64_t count, int64_t bytes) {
+    REQUIRE(count >= 0 && bytes >= 0, "count, bytes: must be at least 0, not %lld, %lld", (long long)count, (long long)bytes);
+    pieces_job job = {out, hosts, bytes};
+    if (bytes) tops_team_run(stream->team, count, copy_piece, &job);
+    return TOPS_OK;
+}
+
 int tops_copy_out(tops_stream *stream, void *host, const void *in, int64_t bytes) { return tops_copy_in(stream, host, in, bytes); }
 int tops_copy_in_async(tops_stream *stream, void *out, const void *pinned, int64_t bytes) { return tops_copy_in(stream, out, pinned, bytes); }
 int tops_copy_out_async(tops_stream *stream, void *pinned, const void *in, int64_t bytes) { return tops_copy_in(stream, pinned, in, bytes); }

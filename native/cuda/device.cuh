@@ -13,14 +13,14 @@ struct tops_stream {
     cudaStream_t cuda;
     unsigned char *scratch;
     int64_t scratch_bytes;
-    unsigned char *pinned;      /* ring through which small copies go, so that host memory may be reused at once */
-    int64_t pinned_used;
-    cudaEvent_t pinned_free;
+    struct tops_carrier *carrier;   /* of copies from the host's memory (copies.cu) */
     unsigned *counters;         /* 4096 zeros; a kernel that counts leaves zeros behind */
 };
 
 int tops_fail(int status, const char *format, ...) __attribute__((format(printf, 2, 3)));
 int tops_cuda_failed(cudaError_t error, const char *what);
+int tops_carrier_create(struct tops_carrier **carrier);
+void tops_carrier_destroy(struct tops_carrier *carrier);
 
 #define REQUIRE(condition, ...) do { if (!(condition)) return tops_fail(TOPS_INVALID, __VA_ARGS__); } while (0)
 #define REQUIRE_SUPPORTED(condition, ...) do { if (!(condition)) return tops_fail(TOPS_UNSUPPORTED, __VA_ARGS__); } while (0)

@@ -1,12 +1,10 @@
 /* Streams, memory, copies and graphs. Nothing here needs a driver until a device is asked for. */
 #include <cstdarg>
 #include <cstdio>
-#include <cstring>
 
 #include "device.cuh"
 
 static thread_local char last_error[512];
-static const int64_t RING = 16 << 20;
 
 int tops_fail(int status, const char *format, ...) {
     va_list arguments;
@@ -77,16 +75,14 @@ int tops_stream_create(tops_stream **stream, int32_t device, int32_t threads) {
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
     created->architecture = 10 * major + minor;
     if (error == cudaSuccess) error = cudaStreamCreateWithFlags(&created->cuda, cudaStreamNonBlocking);
-    if (error == cudaSuccess) error = cudaMallocHost(reinterpret_cast<void **>(&created->pinned), (size_t)RING);
     if (error == cudaSuccess) error = cudaMalloc(reinterpret_cast<void **>(&created->counters), 4096 * sizeof(unsigned));
     if (error == cudaSuccess) error = cudaMemset(created->counters, 0, 4096 * sizeof(unsigned));
-    if (error == cudaSuccess) error = cudaEventCreateWithFlags(&created->pinned_free, cudaEventDisableTiming);
-    if (error != cudaSuccess) {
+    int status = error == cudaSuccess ? tops_carrier_create(&created->carrier) : tops_cuda_failed(error, "creating a stream");
+    if (status) {
         cudaFree(created->counters);
-        if (created->pinned) cudaFreeHost(created->pinned);
         if (created->cuda) cudaStreamDestroy(created->cuda);
         delete created;
-        return tops_cuda_failed(error, "creating a stream");
+        return status;
     }
     *stream = created;
     return TOPS_OK;
@@ -97,8 +93,7 @@ int tops_stream_destroy(tops_stream *stream) {
     cudaStreamSynchronize(stream->cuda);
     cudaFree(stream->scratch);
     cudaFree(stream->counters);
-    cudaFreeHost(stream->pinned);
-    cudaEventDestroy(stream->pinned_free);
+    tops_carrier_destroy(stream->carrier);
     cudaStreamDestroy(stream->cuda);
     delete stream;
     cudaGetLastError();
@@ -141,80 +136,6 @@ int tops_free(tops_stream *stream, void *memory, int64_t bytes) {
     CUDA(cudaStreamSynchronize(stream->cuda));
     CUDA(cudaFree(memory));
     return TOPS_OK;
-}
-
-int tops_alloc_host(tops_stream *stream, void **memory, int64_t bytes) {
-    (void)stream;
-    CUDA(cudaMallocHost(memory, bytes ? (size_t)bytes : 1));
-    memset(*memory, 0, (size_t)bytes);
-    return TOPS_OK;
-}
-
-int tops_free_host(tops_stream *stream, void *memory, int64_t bytes) {
-    (void)bytes;
-    CUDA(cudaStreamSynchronize(stream->cuda));
-    CUDA(cudaFreeHost(memory));
-    return TOPS_OK;
-}
-
-int tops_copy_in(tops_stream *stream, void *out, const void *host, int64_t bytes) {
-    REQUIRE(bytes >= 0, "bytes: must be at least 0, not %lld", (long long)bytes);
-    /* Half of the ring at a time: while one half travels, the other is filled. */
-    for (int64_t done = 0; done < bytes;) {
-        int64_t part = bytes - done < RING / 2 ? bytes - done : RING / 2;
-        if (stream->pinned_used + part > RING) {
-            CUDA(cudaEventSynchronize(stream->pinned_free));
-            CUDA(cudaStreamSynchronize(stream->cuda));
-            stream->pinned_used = 0;
-        }
-        memcpy(stream->pinned + stream->pinned_used, static_cast<const char *>(host) + done, (size_t)part);
-        CUDA(cudaMemcpyAsync(static_cast<char *>(out) + done, stream->pinned + stream->pinned_used, (size_t)part, cudaMemcpyHostToDevice, stream->cuda));
-        CUDA(cudaEventRecord(stream->pinned_free, stream->cuda));
-        stream->pinned_used += (part + 255) / 256 * 256;
-        done += part;
-    }
-    return TOPS_OK;
-}
-
-int tops_copy_out(tops_stream *stream, void *host, const void *in, int64_t bytes) {
-    REQUIRE(bytes >= 0, "bytes: must be at least 0, not %lld", (long long)bytes);
-    CUDA(cudaMemcpyAsync(host, in, (size_t)bytes, cudaMemcpyDeviceToHost, stream->cuda));
-    return tops_stream_synchronize(stream);
-}
-
-int tops_copy_in_async(tops_stream *stream, void *out, const void *pinned, int64_t bytes) {
-    CUDA(cudaMemcpyAsync(out, pinned, (size_t)bytes, cudaMemcpyHostToDevice, stream->cuda));
-    return TOPS_OK;
-}
-
-int tops_copy_out_async(tops_stream *stream, void *pinned, const void *in, int64_t bytes) {
-    CUDA(cudaMemcpyAsync(pinned, in, (size_t)bytes, cudaMemcpyDeviceToHost, stream->cuda));
-    return TOPS_OK;
-}
-
-__global__ void copy_pieces(unsigned char *out, int64_t out_pitch, const unsigned char *in, int64_t in_pitch, int64_t width) {
-    wait_for_inputs();
-    out += blockIdx.y * out_pitch;
-    in += blockIdx.y * in_pitch;
-    for (int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; i < width; i += (int64_t)gridDim.x * blockDim.x) out[i] = in[i];
-}
-__global__ void copy_vectors(uint4 *out, int64_t out_pitch, const uint4 *in, int64_t in_pitch, int64_t width) {
-    wait_for_inputs();
-    out += blockIdx.y * out_pitch;
-    in += blockIdx.y * in_pitch;
-    for (int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; i < width; i += (int64_t)gridDim.x * blockDim.x) out[i] = in[i];
-}
-
-int tops_copy_2d(tops_stream *stream, void *out, int64_t out_pitch, const void *in, int64_t in_pitch, int64_t width, int64_t height) {
-    REQUIRE(width >= 0 && height >= 0, "width, height: must be at least 0, not %lld, %lld", (long long)width, (long long)height);
-    if (width == 0 || height == 0) return TOPS_OK;
-    REQUIRE_SUPPORTED(height < 65536, "height: at most 65535 pieces, not %lld", (long long)height);
-    int64_t all = (int64_t)((uintptr_t)out | (uintptr_t)in) | out_pitch | in_pitch | width;
-    if (all % 16 == 0)
-        return launch(stream, copy_vectors, dim3((unsigned)min(ceil_div(width / 16, 256), (int64_t)64), (unsigned)height), dim3(256), 0, 1,
-                      static_cast<uint4 *>(out), out_pitch / 16, static_cast<const uint4 *>(in), in_pitch / 16, width / 16);
-    return launch(stream, copy_pieces, dim3((unsigned)min(ceil_div(width, 256), (int64_t)1024), (unsigned)height), dim3(256), 0, 1,
-                  static_cast<unsigned char *>(out), out_pitch, static_cast<const unsigned char *>(in), in_pitch, width);
 }
 
 int tops_zero(tops_stream *stream, void *out, int64_t bytes) {

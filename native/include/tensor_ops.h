@@ -123,9 +123,11 @@ int tops_stream_reserve(tops_stream *stream, int64_t scratch_bytes);          /*
 
 int tops_alloc(tops_stream *stream, void **memory, int64_t bytes);            /* zeros, 64-byte aligned; CPU: 2 MB pages where allowed */
 int tops_free(tops_stream *stream, void *memory, int64_t bytes);
-int tops_alloc_host(tops_stream *stream, void **memory, int64_t bytes);       /* host memory the device copies from fastest */
+int tops_alloc_host(tops_stream *stream, void **memory, int64_t bytes);       /* host memory the device copies from fastest; not zeroed */
 int tops_free_host(tops_stream *stream, void *memory, int64_t bytes);
 int tops_copy_in(tops_stream *stream, void *out, const void *host, int64_t bytes);   /* host may be reused when it returns */
+/* count pieces of `bytes` each, from anywhere in the host's memory, one after the other into out: for files, on several threads */
+int tops_copy_in_pieces(tops_stream *stream, void *out, const void *const *hosts, int64_t count, int64_t bytes);
 int tops_copy_out(tops_stream *stream, void *host, const void *in, int64_t bytes);   /* waits */
 int tops_copy_in_async(tops_stream *stream, void *out, const void *pinned, int64_t bytes);  /* from tops_alloc_host, untouched until done */
 int tops_copy_out_async(tops_stream *stream, void *pinned, const void *in, int64_t bytes);

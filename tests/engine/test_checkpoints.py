@@ -11,6 +11,7 @@ from inference_pio.engine.checkpoints import APART, SPACING, marks
 from inference_pio.engine.page_pool import PagePool
 from inference_pio.engine.radix_cache import DEVICE, RadixCache
 from inference_pio.engine.request import SamplingParams, TokenPrompt
+from inference_pio.native.backend import Backend, OutOfMemory
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MODEL = GOLDEN / "qwen3_next"
@@ -99,6 +100,20 @@ def test_what_the_device_has_no_room_for_goes_to_the_host_and_comes_back(cold, r
         assert status.checkpoints_dropped > 0 and status.host_states_free + status.host_states_cached == 8
         engine.clear_cache()
         assert (engine.status().states_free, engine.status().host_states_free) == (4, 8)
+
+
+def test_where_the_host_has_no_memory_left_checkpoints_are_dropped(cold, request, monkeypatch):
+    def nothing_left(backend, nbytes):
+        raise OutOfMemory("the system has no memory left")
+
+    with Engine.open(MODEL, device=request.config.getoption("--device"), activations="f32", context=320, checkpoints=0,
+                     host_checkpoints=8 * cold.info.state_bytes) as engine:
+        monkeypatch.setattr(Backend, "host_buffer", nothing_left)
+        for n in range(5):
+            file = TokenPrompt(tuple(prompt(100 + n)[n:]))
+            assert engine.generate(file, GREEDY).token_ids == cold.generate(file, GREEDY).token_ids
+        status = engine.status()
+        assert (status.checkpoints_saved, status.host_states_free) == (0, 8) and status.checkpoints_dropped > 0
 
 
 def test_several_requests_at_once_are_exact(engine, cold):

@@ -50,7 +50,7 @@ def open_engine(device: str, config: Config, format: DType, context: int, checkp
     source = RandomExperts(backend, format, DType.BF16 if cuda else DType.Q8_0)
     weights = PLUGIN.load(config, source, backend)
     pages, slots, layout = 4 * (context // PAGE_SIZE) + 2, 4 + checkpoints, PLUGIN.cache_layout(config)
-    runner = Runner(backend, PLUGIN, config, weights, storage=storage, cache_dtype=cache_dtype, pages=pages, slots=slots, host_slots=0, context=context, vocabulary=0)
+    runner = Runner(backend, PLUGIN, config, weights, storage=storage, cache_dtype=cache_dtype, pages=pages, slots=slots, context=context, vocabulary=0)
     renderer = PromptRenderer(PLUGIN.prompts, None, None, "random weights")
     renderer.boundaries = frozenset((PREFIX, SUFFIX, MIDDLE))
     where = Path("random weights")

@@ -1,7 +1,8 @@
-"""How fast a checkpoint of Qwen3-Coder-Next's true shapes is loaded: python benchmark_loading.py --device cuda --layers 4.
+"""How fast a checkpoint of Qwen3-Coder-Next's true shapes is loaded: python benchmark_loading.py --device cuda --layers 4 --folder /dev/shm.
 
 Writes a GGUF file of random weights below --folder (0.95 GB a layer in Q4_0; /dev/shm is memory), so that it is in the page cache, opens
-it with the engine, and takes the file away again.
+it with the engine, and takes the file away again. `stages` are the seconds until the first tensor is on the device (its driver starts), until
+the last is, and until the engine is ready (its cache is allocated).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type, GGUFWriter
 from gguf.constants import GGML_QUANT_SIZES
 
-from inference_pio.engine import Engine
+from inference_pio.engine import Engine, LoadProgress
 
 D, V, H, G, P, HK, HV, PK, TAPS, E, K, I = 2048, 151936, 16, 2, 256, 16, 32, 128, 4, 512, 10, 512   # noqa: E741
 SCALES = {Type.Q4_K: (0, 2), Type.Q5_K: (0, 2), Type.Q6_K: (208,)}   # f16 in a block; else (0,)
@@ -82,15 +83,17 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--weights", default="Q4_0", choices=["Q4_0", "Q8_0", "Q4_K", "Q6_K"])
     parser.add_argument("--folder", type=Path, default=None, help="where the file is written (default: the system's folder for temporary files)")
     options = parser.parse_args(argv)
-    reports = []
+    reports: list[tuple[float, LoadProgress]] = []
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         path = Path(folder) / "random.gguf"
         write(path, Type[options.weights], options.layers)
         begin = perf_counter()
-        with Engine.open(path, device=options.device, progress=reports.append) as engine:
-            seconds = perf_counter() - begin
-            found = {"device": engine.info.device_name, "layers": options.layers, "weights": options.weights, "bytes": path.stat().st_size,
-                     "seconds": seconds, "gigabytes_per_second": path.stat().st_size / seconds / 1e9, "reports": len(reports), "plan": reports[-1].detail}
+        with Engine.open(path, device=options.device, progress=lambda report: reports.append((perf_counter() - begin, report))) as engine:
+            seconds, nbytes = perf_counter() - begin, path.stat().st_size
+            loaded = [at for at, report in reports if report.stage == "load"]
+            found = {"device": engine.info.device_name, "layers": options.layers, "weights": options.weights, "bytes": nbytes, "seconds": seconds,
+                     "gigabytes_per_second": nbytes / seconds / 1e9, "stages": [loaded[0], loaded[-1], seconds], "reports": len(reports),
+                     "plan": reports[-1][1].detail}
     print(json.dumps(found))
     return found
 
