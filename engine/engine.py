@@ -117,8 +117,7 @@ class Engine:
     def generate(self, prompt: Prompt, params: SamplingParams = SamplingParams(), priority: Priority = Priority.CHAT) -> Completion:
         """Answer and wait for the end."""
         stream = self.submit(prompt, params, priority)
-        for _ in stream:
-            pass
+        stream.wait()
         return Completion(stream.text, stream.token_ids, stream.stats.finish_reason or "error", stream.stats)
 
     def score(self, token_ids: Items[int], chunk: int = SCORED_ROWS) -> Logits:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import struct
 from array import array
-from collections.abc import Callable, Mapping, Sequence as Items
+from collections.abc import Mapping, Sequence as Items
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from inference_pio.models.contract import ModelPlugin
 from inference_pio.native import ops
 from inference_pio.native.backend import Backend, Graph, OutOfMemory, Tensor
 from inference_pio.native.dtype import DType
+from inference_pio.native.tensor import Mirror
 
 PAGE_SIZE = 16
 BUCKETS = (1, 2, 4, 8, 16)   # decode steps are recorded for these numbers of rows
@@ -35,6 +35,13 @@ class Row(NamedTuple):
     keep: Mapping[int, int] = MappingProxyType({})   # row (0: the first of these tokens) -> slot
 
 
+class Draw(NamedTuple):
+    """How a step draws tokens; it is recorded for each way."""
+
+    restricted: bool   # some logits are changed before
+    masked: bool       # because not every token is allowed
+
+
 class Runner:
     """The model with its workspace, cache and batch."""
 
@@ -55,22 +62,22 @@ class Runner:
         self._planes, self._pages = 2 * layout.layers, pages
         self._batch = backend.batch(self._most_tokens, MOST_ROWS, self._max_pages, SCORED_ROWS)
         self._workspace = plugin.workspace(config, backend, self._most_tokens, SCORED_ROWS, storage)
-        self._graphs: dict[int, tuple[Graph, Tensor]] = {}
-        self._staging = backend.host_buffer(self._batch.block.nbytes).cast("i")
-        self._staging[:] = array("i", [0]) * len(self._staging)   # a page table's unused places are copied, too
+        self._graphs: dict[tuple[int, Draw | None], tuple[Graph, Tensor]] = {}
+        self._staging = Mirror(backend, self._batch.block)
         base = int(backend.ffi.cast("uintptr_t", self._batch.block.pointer))
-        self._fields = {name: (int(backend.ffi.cast("uintptr_t", getattr(self._batch, name).pointer)) - base) // 4
-                        for name in ("ids", "positions", "slots", "sequences", "states_out", "logit_rows", "query_starts", "states_in", "page_table")}
+        self._fields = [(int(backend.ffi.cast("uintptr_t", getattr(self._batch, name).pointer)) - base) // 4
+                        for name in ("ids", "positions", "slots", "sequences", "states_out", "logit_rows", "next_positions", "query_starts",
+                                     "states_in", "page_table")]
         v = self._workspace.logits.shape[1]
         self._v, self._vocabulary = v, min(vocabulary or v, v)
         self._words = -(-v // 32)
-        self._ids = backend.tensor((MOST_ROWS,), DType.I32)
-        self._positions = backend.tensor((MOST_ROWS,), DType.I32)
+        self._drawn = Mirror(backend, backend.tensor((MOST_ROWS,), DType.I32))
         self._sampling = backend.tensor((MOST_ROWS, 32), DType.U8)
         self._sampled = b""   # what it holds
         self._allowed = backend.tensor((MOST_ROWS, self._words), DType.U32)
         self._history = backend.tensor((MOST_ROWS, HISTORY), DType.I32)
         self._lengths = backend.tensor((MOST_ROWS,), DType.I32)
+        self._penalised = False   # whether one of them is not 0
 
     @staticmethod
     def most_tokens(backend: Backend) -> int:
@@ -106,92 +113,100 @@ class Runner:
 
     # ---- the forward pass ------------------------------------------------------------------------------------------------
 
-    def forward(self, rows: list[Row]) -> Tensor:
-        """Logits f32 [sum of row.logits, v] of the rows, in order."""
+    def forward(self, rows: list[Row], sequences: Items[Sequence] = (), masks: Items[bytes | None] = ()) -> Tensor:
+        """Logits f32 [sum of row.logits, v] of the rows, in order. From the first of them the next token of each of the sequences is
+        drawn, where it has a mask among the tokens whose bits are set; `tokens` waits for them."""
         n, b, r = sum(row.count for row in rows), len(rows), sum(row.logits for row in rows)
-        decode = n == b == r and n <= BUCKETS[-1]
-        bucket = next(size for size in BUCKETS if size >= n) if decode else n
-        self._fill(rows, bucket if decode else b)
-        if not decode:
+        draw = self._prepare(sequences, masks) if sequences else None
+        if not n == b == r <= BUCKETS[-1]:
+            self._fill(rows, b)
             self._batch.resize(n, b, r)
-            return self._run()
+            return self._run(draw, len(sequences))
+        bucket = next(size for size in BUCKETS if size >= n)
+        self._fill(rows, bucket)
         self._batch.resize(bucket, bucket, bucket)
-        if bucket not in self._graphs:
-            # Whatever a library sets up when an op first runs cannot be recorded. This run is the step: a state kept in place may
-            # not be advanced twice.
-            computed = self._run()
-            with self.backend.capture() as graph:
-                logits = self._run()
-            self._graphs[bucket] = graph, logits
-            return computed
-        graph, logits = self._graphs[bucket]
-        graph.launch()
-        return logits
+        if recorded := self._graphs.get((bucket, draw)):
+            graph, logits = recorded
+            graph.launch()
+            return logits
+        # Whatever a library sets up when an op first runs cannot be recorded. This run is the step: a state kept in place may
+        # not be advanced twice.
+        computed = self._run(draw, bucket)
+        with self.backend.capture() as graph:
+            logits = self._run(draw, bucket)
+        self._graphs[bucket, draw] = graph, logits
+        return computed
 
-    def _run(self) -> Tensor:
-        return self._plugin.forward(self._config, self._weights, self._workspace, self._batch, self._cache)
+    def tokens(self, count: int) -> list[int]:
+        """Wait for the step; the tokens that it drew."""
+        self._drawn.download(count)
+        self.backend.synchronize()
+        return self._drawn.values[:count].tolist()
+
+    def _run(self, draw: Draw | None, count: int) -> Tensor:
+        logits = self._plugin.forward(self._config, self._weights, self._workspace, self._batch, self._cache)
+        if draw and draw.restricted:
+            ops.restrict_logits(logits, self._allowed if draw.masked else None, self._sampling, self._history, self._lengths, count, self._vocabulary)
+        if draw:
+            ops.sample(self._drawn.tensor, None, logits, self._sampling, self._batch.next_positions, count)
+        return logits
 
     def _fill(self, rows: list[Row], b: int) -> None:
         """Write the batch; rows beyond those given pad the step, at position 0 of page 0."""
-        staging, fields, at, logit = self._staging, self._fields, 0, 0
-        ids, positions, slots, sequences = fields["ids"], fields["positions"], fields["slots"], fields["sequences"]
+        values, at, logit = self._staging.values, 0, 0
+        ids, positions, slots, sequences, states_out, logit_rows, next_positions, query_starts, states_in, page_table = self._fields
         for index, (tokens, first, count, pages, logits, start, keep) in enumerate(rows):
-            staging[fields["query_starts"] + index] = at
-            staging[fields["states_in"] + index] = start
-            staging[fields["states_out"] + at:fields["states_out"] + at + count] = array("i", [-1]) * count
-            for row, slot in keep.items():
-                staging[fields["states_out"] + at + row] = slot
-            place = fields["page_table"] + index * self._max_pages
-            staging[place:place + len(pages)] = pages
+            values[query_starts + index] = at
+            values[states_in + index] = start
+            place = page_table + index * self._max_pages
+            values[place:place + len(pages)] = pages
             if count == 1:
-                staging[ids + at], staging[positions + at], staging[sequences + at] = tokens[first], first, index
-                staging[slots + at] = pages[first // PAGE_SIZE] * PAGE_SIZE + first % PAGE_SIZE
+                values[ids + at], values[positions + at], values[sequences + at], values[states_out + at] = tokens[first], first, index, -1
+                values[slots + at] = pages[first // PAGE_SIZE] * PAGE_SIZE + first % PAGE_SIZE
             else:
                 where = range(first, first + count)
-                staging[ids + at:ids + at + count] = array("i", tokens[first:first + count])
-                staging[positions + at:positions + at + count] = array("i", where)
-                staging[slots + at:slots + at + count] = array("i", [pages[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for p in where])
-                staging[sequences + at:sequences + at + count] = array("i", [index]) * count
-            at += count
-            for row in range(at - logits, at):
-                staging[fields["logit_rows"] + logit] = row
+                values[ids + at:ids + at + count] = array("i", tokens[first:first + count])
+                values[positions + at:positions + at + count] = array("i", where)
+                values[slots + at:slots + at + count] = array("i", [pages[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for p in where])
+                values[sequences + at:sequences + at + count] = array("i", [index]) * count
+                values[states_out + at:states_out + at + count] = array("i", [-1]) * count
+            for row, slot in keep.items():
+                values[states_out + at + row] = slot
+            for row in range(count - logits, count):
+                values[logit_rows + logit], values[next_positions + logit] = at + row, first + row + 1
                 logit += 1
+            at += count
         for index in range(len(rows), b):
-            staging[fields["query_starts"] + index] = staging[fields["logit_rows"] + index] = at
-            staging[fields["page_table"] + index * self._max_pages] = 0
-            staging[ids + at] = staging[positions + at] = staging[slots + at] = 0
-            staging[sequences + at] = index
-            staging[fields["states_in"] + index] = staging[fields["states_out"] + at] = -1
+            values[query_starts + index] = values[logit_rows + index] = at
+            values[page_table + index * self._max_pages] = 0
+            values[ids + at] = values[positions + at] = values[slots + at] = values[next_positions + index] = 0
+            values[sequences + at] = index
+            values[states_in + index] = values[states_out + at] = -1
             at += 1
-        staging[fields["query_starts"] + b] = at
-        self.backend.copy_in_async(self._batch.block, staging[:fields["page_table"] + b * self._max_pages])   # the last field, as far as it is used
+        values[query_starts + b] = at
+        self._staging.upload(page_table + b * self._max_pages)   # the last field, as far as it is used
 
-    # ---- from logits to tokens -------------------------------------------------------------------------------------------
-
-    def prepare(self, sequences: list[Sequence]) -> None:
-        """Upload what `sample` will need of these sequences, before the forward, so that nothing stands between the two."""
-        self.backend.copy_in(self._positions, array("i", [len(s.ids) for s in sequences]))
-        sampling = b"".join(s.sampling for s in sequences)
+    def _prepare(self, sequences: Items[Sequence], masks: Items[bytes | None]) -> Draw:
+        """Upload what drawing takes, where it has changed. Before the step, so that nothing stands between it and its tokens."""
+        backend = self.backend
+        sampling, penalised = b"", False
+        for sequence in sequences:
+            sampling += sequence.sampling
+            penalised = penalised or sequence.penalised
         if sampling != self._sampled:
-            self.backend.copy_in(self._sampling, sampling)
+            backend.copy_in(self._sampling, sampling)
             self._sampled = sampling
-
-    def sample(self, logits: Tensor, sequences: list[Sequence], allowed: Callable[[Sequence], bytes | None]) -> list[int]:
-        """The next token of each sequence, whose logits are the first rows and for which `prepare` was called. Waits for the step."""
-        n, backend = len(sequences), self.backend
-        masks = [allowed(s) for s in sequences]
-        masked = any(mask is not None for mask in masks)
-        if masked or self._vocabulary < self._v or any(s.penalised for s in sequences):
-            if masked:
-                backend.copy_in(self._allowed, b"".join(mask or b"\xff" * (4 * self._words) for mask in masks))
+        masked = any(masks)
+        if masked:
+            backend.copy_in(self._allowed, b"".join(mask or b"\xff" * (4 * self._words) for mask in masks))
+        if penalised or self._penalised:
             histories = [s.ids[-HISTORY:] if s.penalised else [] for s in sequences]
-            backend.copy_in(self._lengths, array("i", map(len, histories)))
+            backend.copy_in(self._lengths, array("i", [*map(len, histories), *[0] * (MOST_ROWS - len(sequences))]))
             for index, history in enumerate(histories):
                 if history:
                     backend.copy_in(self._history, array("i", history), offset=4 * HISTORY * index)
-            ops.restrict_logits(logits, self._allowed if masked else None, self._sampling, self._history, self._lengths, n, self._vocabulary)
-        ops.sample(self._ids, None, logits, self._sampling, self._positions, n)
-        return list(struct.unpack(f"{n}i", backend.copy_out(self._ids, 4 * n)))
+            self._penalised = penalised
+        return Draw(masked or penalised or self._vocabulary < self._v, masked)
 
     def row_of(self, logits: Tensor, row: int) -> memoryview:
         """f32 [v]"""

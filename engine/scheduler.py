@@ -80,9 +80,11 @@ class Scheduler:
         """Empty if nothing waits."""
         if not self.sequences:
             return []
-        urgent = min(s.priority for s in self.sequences)
+        urgent = min([s.priority for s in self.sequences])
         chosen = [s for s in self.sequences if s.priority == urgent][:self._most_sequences]
         work = [Work(s, 1) for s in chosen if s.started and s.waiting_tokens == 1]
+        if len(work) == len(chosen):
+            return work
         room = self._chunk - len(work)
         for sequence in chosen:
             if room <= 0:

@@ -68,10 +68,6 @@ class Sequence:
         """Tokens without keys and values; the last of them gives the next logits."""
         return len(self.ids) - self.computed
 
-    @property
-    def wants_logits(self) -> bool:
-        return self.params.max_tokens > 0
-
     def accept(self, token: int) -> str | None:
         """The next token was drawn. Gives the reason if it ended the answer. The stream has it when `deliver` was called."""
         if token in self.stop_ids and not self.params.ignore_eos:

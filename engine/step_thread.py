@@ -74,6 +74,8 @@ class StepThread:
 
     def _receive(self) -> bool:
         """Take in what has arrived; sleep while there is nothing to do. False when the engine closes."""
+        if not self._arrivals and not self._closing and not self._stepper.idle:
+            return True   # as between two tokens; whoever arrives now is seen one step later
         while True:
             with self._condition:
                 while not self._arrivals and self._stepper.idle and not self._closing:

@@ -96,7 +96,7 @@ class Stepper:
         self._drop_closed()
         work = self._scheduler.next_step()
         try:
-            while fresh := [sequence for sequence, _ in work if not sequence.started]:
+            while fresh := [w.sequence for w in work if not w.sequence.started]:
                 for sequence in fresh:
                     self._start(sequence)
                 work = self._scheduler.next_step()   # what is reused has changed what is left to do
@@ -157,6 +157,8 @@ class Stepper:
         """Pages for the tokens of this step; False if the sequence cannot go on now."""
         sequence, count = work
         needed = -(-(sequence.computed + count) // PAGE_SIZE) - len(sequence.pages)
+        if needed <= 0 and self._checkpoints is None:
+            return True
         if not self._make_room(sequence, needed) or not self._provide_states(sequence, count):
             if not any(s.pages for s in self._scheduler.sequences if s is not sequence):
                 self._finish(sequence, "error", EngineError(
@@ -167,9 +169,7 @@ class Stepper:
         return True
 
     def _provide_states(self, sequence: Sequence, count: int) -> bool:
-        if self._checkpoints is None:
-            return True
-        while not self._checkpoints.provide(sequence, count):
+        while self._checkpoints and not self._checkpoints.provide(sequence, count):
             victim = self._scheduler.least_urgent(than=sequence)
             if victim is None:
                 return False
@@ -194,20 +194,25 @@ class Stepper:
 
     def _compute(self, work: list[Work]) -> None:
         begin = perf_counter()
-        # Rows that give logits come first, so that theirs are the first rows of the result.
-        ready = [w for w in work if w.count == w.sequence.waiting_tokens and w.sequence.wants_logits]
-        others = [w for w in work if w not in ready]
-        rows = [Row(s.ids, s.computed, count, s.pages, int(w in ready), *s.keep) for w in ready + others for s, count in (w,)]
-        if ready:
-            self._runner.prepare([s for s, _ in ready])
-        logits = self._runner.forward(rows)
+        rows: list[Row] = []
+        drawing: list[Sequence] = []
+        masks: list[bytes | None] = []
+        others: list[Work] = []
+        for sequence, count in work:   # rows that give logits come first, so that theirs are the first rows of the result
+            if count == sequence.waiting_tokens and sequence.params.max_tokens > 0:
+                rows.append(Row(sequence.ids, sequence.computed, count, sequence.pages, 1, *sequence.keep))
+                drawing.append(sequence)
+                masks.append(self._allowed(sequence) if sequence.required else None)
+            else:
+                others.append(Work(sequence, count))
+        for sequence, count in others:
+            rows.append(Row(sequence.ids, sequence.computed, count, sequence.pages, 0, *sequence.keep))
+        logits = self._runner.forward(rows, drawing, masks)
         self._deliver()
-        for row, s in enumerate(s for s, _ in ready):
-            if s.params.keep_logits and s.stream.first_logits is None:
-                s.stream.first_logits = self._runner.row_of(logits, row)
-        tokens = self._runner.sample(logits, [s for s, _ in ready], self._allowed) if ready else []
-        if not ready:
-            self._runner.backend.synchronize()
+        tokens = self._runner.tokens(len(drawing))
+        for row, sequence in enumerate(drawing):
+            if sequence.params.keep_logits and sequence.stream.first_logits is None:
+                sequence.stream.first_logits = self._runner.row_of(logits, row)
         prompt_tokens = 0
         for sequence, count in work:
             new = max(0, min(sequence.prompt_length - sequence.computed, count))
@@ -222,7 +227,7 @@ class Stepper:
         computed = sum(count for _, count in work)
         if prompt_tokens > len(work) or computed == 1:
             self._scheduler.learn(computed, perf_counter() - begin)
-        for (sequence, _), token in zip(ready, tokens):
+        for sequence, token in zip(drawing, tokens):
             if reason := sequence.accept(token):
                 self._finish(sequence, reason)
             else:
@@ -241,7 +246,7 @@ class Stepper:
         self._drawn.clear()
 
     def _allowed(self, sequence: Sequence) -> bytes | None:
-        return self._tokenizer.allowed(sequence.required, self._runner.mask_words) if sequence.required and self._tokenizer else None
+        return self._tokenizer.allowed(sequence.required, self._runner.mask_words) if self._tokenizer else None
 
     def _release(self, sequence: Sequence) -> None:
         """Give the sequence's pages and states to the cache."""

@@ -15,6 +15,8 @@ class StopTexts:
         """(what may be shown, whether a stop text was found). Nothing is shown after it."""
         if self._found:
             return "", True
+        if not self._stops:
+            return text, False
         held = self._held + text
         found = [at for stop in self._stops if (at := held.find(stop)) >= 0]
         if found:

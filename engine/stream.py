@@ -35,8 +35,8 @@ class TokenStream:
         self._pieces: deque[str] = deque()
         self._text: list[str] = []
         self._ids: list[int] = []
-        self._condition = threading.Condition()
-        self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future] | None = None
+        self._waiting: deque[Callable[[], object]] = deque()   # what wakes who waits for the next piece
+        self._waiting_for_end: deque[Callable[[], object]] = deque()
         self._ended = False
         self._error: EngineError | None = None
         self._on_close = on_close
@@ -69,24 +69,41 @@ class TokenStream:
     def __iter__(self) -> TokenStream:
         return self
 
+    # Nothing is locked, because that would cost the step thread more than all else here. The consumer says how to wake it and then looks
+    # once more; the engine puts a piece there and then wakes who has said so. So one of the two always sees the other, and at worst
+    # somebody is woken who is awake.
+
     def __next__(self) -> str:
-        with self._condition:
-            while not self._pieces and not self._ended:
-                self._condition.wait()
-            return self._next(StopIteration)
+        while not self._pieces and not self._ended:
+            asleep = threading.Lock()
+            asleep.acquire()
+            self._waiting.append(asleep.release)
+            if not self._pieces and not self._ended:
+                asleep.acquire()
+        return self._next(StopIteration)
 
     def __aiter__(self) -> TokenStream:
         return self
 
     async def __anext__(self) -> str:
-        while True:
-            with self._condition:
-                if self._pieces or self._ended:
-                    return self._next(StopAsyncIteration)
-                loop = asyncio.get_running_loop()
-                future = loop.create_future()
-                self._waiter = (loop, future)
-            await future
+        while not self._pieces and not self._ended:
+            loop = asyncio.get_running_loop()
+            future = loop.create_future()
+            self._waiting.append(lambda: loop.call_soon_threadsafe(_resolve, future))
+            if not self._pieces and not self._ended:
+                await future
+        return self._next(StopAsyncIteration)
+
+    def wait(self) -> None:
+        """Until the end, in a thread, without being woken for the pieces. Raises what ended it, if that was an error."""
+        asleep = threading.Lock()
+        asleep.acquire()
+        self._waiting_for_end.append(asleep.release)
+        if not self._ended:
+            asleep.acquire()
+        self._pieces.clear()
+        if self._error is not None:
+            self._next(StopIteration)
 
     def _next(self, end: type[Exception]) -> str:
         if self._pieces:
@@ -103,35 +120,35 @@ class TokenStream:
         self.stats.generated_tokens += 1
         if self.stats.first_token_ms is None:
             self.stats.first_token_ms = self.elapsed_ms()
-        with self._condition:
-            self._ids.append(token_id)
-            if piece:
-                self._text.append(piece)
-                self._pieces.append(piece)
-                self._wake()
+        self._ids.append(token_id)
+        if piece:
+            self._add(piece)
 
     def end(self, reason: str, piece: str = "", error: EngineError | None = None) -> None:
-        with self._condition:
-            if self._ended:
-                return
-            self.stats.total_ms = self.elapsed_ms()
-            self.stats.finish_reason = reason
-            if piece:
-                self._text.append(piece)
-                self._pieces.append(piece)
-            self._error = error
-            self._ended = True
-            self._wake()
+        if self._ended:
+            return
+        self.stats.total_ms = self.elapsed_ms()
+        self.stats.finish_reason = reason
+        self._error = error
+        if piece:
+            self._add(piece)
+        self._ended = True
+        _wake(self._waiting)
+        _wake(self._waiting_for_end)
 
-    def _wake(self) -> None:
-        self._condition.notify_all()
-        if self._waiter is not None:
-            loop, future = self._waiter
-            self._waiter = None
-            try:
-                loop.call_soon_threadsafe(_resolve, future)
-            except RuntimeError:
-                pass   # the loop is gone, and with it whoever waited
+    def _add(self, piece: str) -> None:
+        self._text.append(piece)
+        self._pieces.append(piece)
+        if self._waiting:
+            _wake(self._waiting)
+
+
+def _wake(waiting: deque[Callable[[], object]]) -> None:
+    while waiting:
+        try:
+            waiting.popleft()()
+        except RuntimeError:
+            pass   # the loop is gone, and with it whoever waited
 
 
 def _resolve(future: asyncio.Future) -> None:

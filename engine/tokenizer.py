@@ -249,11 +249,15 @@ class StreamDecoder:
     """Bytes of tokens in, text out; what may be the beginning of a character is held back."""
 
     def __init__(self) -> None:
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = b""
 
     def feed(self, data: bytes) -> str:
-        return self._utf8.decode(data)
+        data = self._held + data
+        text, used = codecs.utf_8_decode(data, "replace", False)
+        self._held = data[used:]
+        return text
 
     def finish(self) -> str:
         """What was held back and will never be whole."""
-        return self._utf8.decode(b"", final=True)
+        held, self._held = self._held, b""
+        return held.decode("utf-8", "replace")

@@ -1,7 +1,8 @@
-"""Handles of device memory: Tensor, Weight, KV, States and Batch. They own nothing; the Backend that made them does."""
+"""Handles of device memory: Tensor, Mirror, Weight, KV, States and Batch. They own nothing; the Backend that made them does."""
 
 from __future__ import annotations
 
+from array import array
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,29 @@ class Tensor:
 
     def __repr__(self) -> str:
         return f"Tensor({list(self.shape)}, {self.dtype.name}, {self.backend.device})"
+
+
+class Mirror:
+    """A tensor of 32-bit integers that the host writes or reads in every step, as `values`. On a CPU they are the tensor itself; for
+    another device they are pinned, and `upload` and `download` copy them behind the work before."""
+
+    __slots__ = ("tensor", "values", "_shared")
+
+    def __init__(self, backend: Backend, tensor: Tensor):
+        self.tensor, self._shared = tensor, backend.kind == "cpu"
+        memory = memoryview(backend.ffi.buffer(tensor.pointer, tensor.nbytes)) if self._shared else backend.host_buffer(tensor.nbytes)
+        self.values = memory.cast("B").cast("i")
+        self.values[:] = array("i", [0]) * len(self.values)   # what is never written is copied, too
+
+    def upload(self, count: int) -> None:
+        """The first `count` values, which stay as they are until the copy is done."""
+        if not self._shared:
+            self.tensor.backend.copy_in_async(self.tensor, self.values[:count])
+
+    def download(self, count: int) -> None:
+        """The first `count` values, readable after the backend's synchronize()."""
+        if not self._shared:
+            self.tensor.backend.copy_out_async(self.values[:count], self.tensor)
 
 
 class Weight:
@@ -84,18 +108,19 @@ class Batch:
     """Where the tokens of a step stand; tops_batch with the memory behind it.
 
     `n`, `b` and `r` (tokens, sequences, rows of logits) are set by `resize`; everything else is read by the kernels from
-    `ids`, `positions`, `slots`, `sequences`, `states_out` [max_n], `logit_rows` [max_r], `query_starts` [max_b + 1],
-    `states_in` [max_b] and `page_table` [max_b, max_pages]. They lie in one block, so that a step uploads it with one copy.
+    `ids`, `positions`, `slots`, `sequences`, `states_out` [max_n], `logit_rows` and the `next_positions` that those logits are for
+    [max_r], `query_starts` [max_b + 1], `states_in` [max_b] and `page_table` [max_b, max_pages]. They lie in one block, so that a step
+    uploads it with one copy.
     """
 
-    __slots__ = ("struct", "block", "ids", "positions", "slots", "sequences", "states_out", "logit_rows", "query_starts",
-                 "states_in", "page_table", "n", "b", "r", "max_n", "max_b", "max_r", "max_pages")
+    __slots__ = ("struct", "block", "ids", "positions", "slots", "sequences", "states_out", "logit_rows", "next_positions",
+                 "query_starts", "states_in", "page_table", "n", "b", "r", "max_n", "max_b", "max_r", "max_pages")
 
     def __init__(self, backend: Backend, max_n: int, max_b: int, max_pages: int, max_r: int):
         self.max_n, self.max_b, self.max_r, self.max_pages = max_n, max_b, max_r, max_pages
         sizes = [("ids", (max_n,)), ("positions", (max_n,)), ("slots", (max_n,)), ("sequences", (max_n,)),
-                 ("states_out", (max_n,)), ("logit_rows", (max_r,)), ("query_starts", (max_b + 1,)), ("states_in", (max_b,)),
-                 ("page_table", (max_b, max_pages))]
+                 ("states_out", (max_n,)), ("logit_rows", (max_r,)), ("next_positions", (max_r,)), ("query_starts", (max_b + 1,)),
+                 ("states_in", (max_b,)), ("page_table", (max_b, max_pages))]
         self.block = backend.tensor((sum(prod(shape) for _, shape in sizes),), DType.I32)
         first = 0
         for name, shape in sizes:

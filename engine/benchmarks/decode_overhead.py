@@ -1,9 +1,11 @@
-"""What a decode step costs beside the model's own ops: scheduling, filling the batch, sampling, handing the token on.
+"""What a decode step costs beside its recorded calls, which are the model's ops and the drawing of the token: scheduling, filling the
+batch, accepting the token.
 
     python engine/benchmarks/decode_overhead.py [--model smollm2-135m]
 
 The engine decodes as it always does, with a clock around the launch of the recorded calls. Of each step it tells the time in those calls
-and the rest, which is the host's overhead; then what as many calls through cffi cost that do nothing, which is inside the launch.
+and the rest, which is the host's overhead; then what as many calls through cffi cost that do nothing, which is inside the launch. Nobody
+reads the tokens before the last: waking a reader for each is the reader's cost.
 """
 
 from __future__ import annotations

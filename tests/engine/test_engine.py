@@ -56,6 +56,19 @@ def test_sampling_repeats_with_its_seed(engine):
     assert len(set(penalised)) == 12 and not set(penalised) & set(PROMPT.token_ids)
 
 
+def test_a_penalty_is_for_its_own_request(engine):
+    """Whatever row of a step it has, and whoever had that row before."""
+    plain = SamplingParams(max_tokens=12, ignore_eos=True)
+    penalised = SamplingParams(max_tokens=12, ignore_eos=True, presence_penalty=1e9)
+    expected = {params: engine.generate(PROMPT, params).token_ids for params in (plain, penalised)}
+    assert expected[plain] != expected[penalised]
+    for together in ((penalised, penalised, penalised), (plain, penalised), (penalised, plain), (plain,), (plain, plain, penalised), (plain, plain)):
+        streams = [(params, engine.submit(PROMPT, params)) for params in together]
+        for params, stream in streams:
+            stream.wait()
+            assert stream.token_ids == expected[params], together
+
+
 def test_deadline_and_async_iteration(real):
     async def collect():
         stream = real.submit("def main():", SamplingParams(max_tokens=8000, deadline_ms=150, ignore_eos=True))
@@ -157,18 +170,18 @@ def test_tokens_are_handed_out_before_anybody_waits(asynchronous):
         stepper, seen = engine._stepper, []
         runner = stepper._runner
         runner.backend.asynchronous = asynchronous
-        forward, sample = runner.forward, runner.sample
+        forward, tokens = runner.forward, runner.tokens
 
         def watched(what, function):
             def call(*arguments):
                 seen.append((what, len(stepper._scheduler.sequences[0].stream.token_ids)))
                 return function(*arguments)
             return call
-        runner.forward, runner.sample = watched("forward", forward), watched("sample", sample)
+        runner.forward, runner.tokens = watched("forward", forward), watched("tokens", tokens)
         stream = engine.submit(PROMPT, greedy)
         for _ in stream:
             pass
         assert stream.token_ids == expected and len(expected) == 6
         steps = range(len(expected))
-        assert [n for what, n in seen if what == "sample"] == list(steps)
+        assert [n for what, n in seen if what == "tokens"] == list(steps)
         assert [n for what, n in seen if what == "forward"][-len(expected):] == [max(0, n - asynchronous) for n in steps]
