@@ -142,7 +142,7 @@ def quantize(checkpoint: Checkpoint, weights: str, backend: Backend, progress: C
     return replace(checkpoint, tensors=quantized(checkpoint.path.stem, checkpoint.tensors, weights, checkpoint.plugin.exact, backend, progress))
 
 
-def plan(checkpoint: Checkpoint, backend: Backend, activations: str, memory: int | None, context: int | None,
+def plan(checkpoint: Checkpoint, backend: Backend, activations: str, cache: str, memory: int | None, context: int | None,
          checkpoints: int | None, host_checkpoints: int | None = None) -> Plan:
     """Fits weights and pages into the budget, or OutOfMemory with what would help."""
     cpu, formats = backend.kind == "cpu", {t.dtype for t in checkpoint.tensors.values() if t.dtype is not None}
@@ -153,7 +153,7 @@ def plan(checkpoint: Checkpoint, backend: Backend, activations: str, memory: int
         raise ValueError(f"activations must be auto, f32, bf16 or q8, not {activations!r}")
     rounding = _ACTIVATIONS[activations]
     storage = DType.F32 if cpu or rounding == DType.F32 else DType.BF16   # a CPU computes in f32 and rounds the inputs of products
-    cache_dtype = DType.F32 if rounding == DType.F32 else DType.F16 if cpu else DType.BF16
+    cache_dtype = _cache_dtype(cache, rounding, backend)
     page_bytes = Runner.page_bytes(checkpoint.plugin, checkpoint.config, cache_dtype)
     context = min(context or min(checkpoint.context, CONTEXT), checkpoint.context)
     weights = sum(t.nbytes for t in checkpoint.tensors.values())
@@ -177,6 +177,17 @@ def plan(checkpoint: Checkpoint, backend: Backend, activations: str, memory: int
     pages = least + min(left // max(page_bytes, 1), (_CONTEXTS - 1) * least)   # recurrent layers alone have no pages
     host_states = _host_budget(backend, host_checkpoints) // state_bytes if state_bytes else 0
     return Plan(storage, rounding, cache_dtype, context, pages, page_bytes, states, state_bytes, host_states, workspace_bytes)
+
+
+def _cache_dtype(cache: str, rounding: DType, backend: Backend) -> DType:
+    """How keys and values are kept."""
+    if cache not in ("auto", "q8"):
+        raise EngineError(f"cache must be auto or q8, not {cache!r}")
+    if cache == "auto":
+        return DType.F32 if rounding == DType.F32 else DType.F16 if backend.kind == "cpu" else DType.BF16
+    if backend.kind != "cpu":
+        raise EngineError(f"cache 'q8' cannot be used on {backend.device}, which keeps keys and values in 16 bits: use cache 'auto' or --device cpu")
+    return DType.Q8_0
 
 
 def summary(checkpoint: Checkpoint, backend: Backend, plan: Plan) -> str:

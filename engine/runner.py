@@ -11,7 +11,7 @@ from inference_pio.engine.sequence import HISTORY, Sequence
 from inference_pio.models.contract import ModelPlugin
 from inference_pio.native import ops
 from inference_pio.native.backend import Backend, Graph, OutOfMemory, Tensor
-from inference_pio.native.dtype import DType
+from inference_pio.native.dtype import DType, cached_row_bytes
 from inference_pio.native.tensor import Mirror
 
 PAGE_SIZE = 16
@@ -58,7 +58,7 @@ class Runner:
             self._state_bytes = s.nbytes
             self._host_states: dict[int, memoryview] = {}   # by slot, each from when it is first needed: pinning takes its time
         self._cache = layout.in_order(kv, states)
-        self._page_bytes = layout.g * PAGE_SIZE * layout.p * (4 if cache_dtype == DType.F32 else 2)
+        self._page_bytes = layout.g * PAGE_SIZE * cached_row_bytes(cache_dtype, layout.p)
         self._planes, self._pages = 2 * layout.layers, pages
         self._batch = backend.batch(self._most_tokens, MOST_ROWS, self._max_pages, SCORED_ROWS)
         self._workspace = plugin.workspace(config, backend, self._most_tokens, SCORED_ROWS, storage)
@@ -88,7 +88,7 @@ class Runner:
     def page_bytes(plugin: ModelPlugin, config: Any, cache_dtype: DType) -> int:
         """Bytes of a page in all layers."""
         layout = plugin.cache_layout(config)
-        return 2 * layout.layers * layout.g * PAGE_SIZE * layout.p * (4 if cache_dtype == DType.F32 else 2)
+        return 2 * layout.layers * layout.g * PAGE_SIZE * cached_row_bytes(cache_dtype, layout.p)
 
     def copy_page(self, out: int, source: int) -> None:
         """Copy a page of all layers."""

@@ -21,6 +21,8 @@ class Settings:
     device: str = _setting("auto", "auto, cpu, cuda or cuda:N.", restart=True)
     weights: str = _setting("auto", "auto takes the checkpoint's own numbers; q8 or q4 rounds floats to 8 or 4 bits at the first start and keeps "
                                     "the result on disk.", choices=("auto", "q8", "q4"), restart=True)
+    cache: str = _setting("auto", "How keys and values of past tokens are kept: auto in 16 bits; q8 in 8 bits, so that about twice as many fit (on a "
+                                  "CPU).", choices=("auto", "q8"), restart=True)
     memory: int = _setting(0, "Bytes for weights and cache; 0 takes what is free.", least=0, restart=True)
     checkpoint_memory: int = _setting(0, "Bytes of the memory for recurrent states kept for later prompts, in models that have such; 0 takes room for "
                                          "64 of them.", least=0, restart=True)

@@ -19,7 +19,7 @@ from inference_pio.models.contract import ModelPlugin, Rows
 from inference_pio.native import ops
 from inference_pio.native.backend import Backend, Batch, Tensor, Weight
 from inference_pio.native.bandwidth import read_bandwidth
-from inference_pio.native.dtype import BLOCKS, DType, row_bytes
+from inference_pio.native.dtype import BLOCKS, DType, cached_row_bytes, row_bytes
 
 PAGE = 16
 _BLOCKS_WITH_SCALES = {DType.Q4_0: (0,), DType.Q4_1: (0, 2), DType.Q5_0: (0,), DType.Q5_1: (0, 2), DType.Q8_0: (0,), DType.Q4_K: (0, 2),
@@ -91,18 +91,19 @@ class RandomSource:
 class Bench:
     """A model with random weights on a device, and steps at any place of any context."""
 
-    def __init__(self, plugin: ModelPlugin, config: Any, device: str, threads: int, dtype: DType, activations: DType, context: int):
+    def __init__(self, plugin: ModelPlugin, config: Any, device: str, threads: int, dtype: DType, activations: DType, context: int, cache: str = "auto"):
         self.backend = backend = Backend.open(device, threads)
         self.plugin, self.config = plugin, config
         self.storage = DType.F32 if backend.kind == "cpu" else DType.BF16
         self.source = RandomSource(backend, dtype, activations)
         self.weights = plugin.load(config, self.source, backend)
         layout, self.most = plugin.cache_layout(config), 2048 if backend.kind != "cpu" else 512
-        cache_dtype = DType.F16 if backend.kind == "cpu" else DType.BF16
+        cache_dtype = DType.Q8_0 if cache == "q8" else DType.F16 if backend.kind == "cpu" else DType.BF16
         self.max_pages = -(-context // PAGE) + 1
         self.pages = 16 * self.max_pages + 1 if backend.kind != "cpu" else 4 * self.max_pages + 1
-        _, self.cache = backend.kv_cache(layout.layers, self.pages, layout.g, PAGE, layout.p, cache_dtype)
-        self.token_bytes = 2 * layout.layers * layout.g * layout.p * 2
+        whole, self.cache = backend.kv_cache(layout.layers, self.pages, layout.g, PAGE, layout.p, cache_dtype)
+        backend.zero(whole)   # memory that was never written is all one page of zeros, and fast to read
+        self.token_bytes = 2 * layout.layers * layout.g * cached_row_bytes(cache_dtype, layout.p)
         self.workspace = plugin.workspace(config, backend, self.most, 16, self.storage)
         self.batch: Batch = backend.batch(self.most, 16, self.max_pages, 16)
 
@@ -163,6 +164,7 @@ def main(plugin: ModelPlugin, config: Any, argv: Sequence[str] | None = None) ->
     parser.add_argument("--threads", type=int, default=0, help="of the CPU team; 0: one for each physical core")
     parser.add_argument("--weights", default="bf16", help="f32, f16, bf16, fp8_e4m3, q8_0, q4_0, q4_1, q5_0, q5_1, q4_k, q5_k or q6_k")
     parser.add_argument("--activations", default="auto", help="f32, bf16 or q8: how inputs of linear layers are rounded")
+    parser.add_argument("--cache", default="auto", choices=("auto", "q8"), help="keys and values in 16 or 8 bits")
     parser.add_argument("--context", type=int, default=1024, help="tokens before the decoded one")
     parser.add_argument("--prompt", type=int, default=0, help="tokens of the measured prompt (default: 2048 on a GPU, 512 on a CPU)")
     parser.add_argument("--cached", type=int, default=4096, help="tokens before 16 new ones")
@@ -175,7 +177,7 @@ def main(plugin: ModelPlugin, config: Any, argv: Sequence[str] | None = None) ->
     chosen = a.activations if a.activations != "auto" else "q8" if quantised else "f32" if cpu and dtype != DType.BF16 else "bf16"
     activations = {"f32": DType.F32, "bf16": DType.BF16, "q8": DType.Q8_0}[chosen]
     count, steps = a.prompt or (512 if cpu else 2048), 20 if cpu else 100
-    bench = Bench(plugin, config, a.device, a.threads, dtype, activations, max(a.context, a.cached, count) + 64)
+    bench = Bench(plugin, config, a.device, a.threads, dtype, activations, max(a.context, a.cached, count) + 64, a.cache)
     bandwidth = read_bandwidth(bench.backend, 1 << 28 if cpu else 1 << 32)
     result: dict[str, Any] = {"model": plugin.name, "device": bench.backend.name, "build": bench.backend.build, "weights": dtype.name,
                               "activations": chosen, "weight_bytes": bench.source.nbytes, "read_bandwidth": bandwidth, "decode": []}

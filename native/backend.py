@@ -193,13 +193,17 @@ class Backend:
         self._packer.end()
 
     def kv_cache(self, layers: int, pages: int, g: int, page_size: int, p: int, dtype: DType) -> tuple[Tensor, tuple[KV, ...]]:
-        """Keys and values of all layers in one tensor [layers, 2, pages, g, page_size, p]: a page of all layers is one copy_2d."""
-        whole = self.tensor((layers * 2, pages, g, page_size, p), dtype)
+        """Keys and values of all layers in one tensor [layers, 2, pages, g, page_size, p]: a page of all layers is one copy_2d. In Q8_0 it
+        is of bytes, p + 4 in a row."""
+        if dtype not in (DType.F32, DType.F16, DType.BF16, DType.Q8_0):
+            raise ValueError(f"keys and values are kept in F32, F16, BF16 or Q8_0, not {dtype.name}")
+        whole = self.tensor((layers * 2, pages, g, page_size, p + 4), DType.U8) if dtype == DType.Q8_0 else \
+            self.tensor((layers * 2, pages, g, page_size, p), dtype)
         caches = []
         for layer in range(layers):
-            k, v = (Tensor(self, whole.rows(2 * layer + part, 1).pointer, whole.shape[1:], dtype) for part in (0, 1))
+            k, v = (Tensor(self, whole.rows(2 * layer + part, 1).pointer, whole.shape[1:], whole.dtype) for part in (0, 1))
             struct = self.ffi.new("tops_kv *", {"k": k.pointer, "v": v.pointer, "pages": pages, "page_size": page_size, "dtype": dtype})
-            caches.append(KV(struct, k, v))
+            caches.append(KV(struct, k, v, p, dtype))
         return whole, tuple(caches)
 
     def states(self, layers: int, slots: int, hk: int, hv: int, pk: int, pv: int, taps: int) -> tuple[Tensor, tuple[States, ...]]:

@@ -33,6 +33,11 @@ BLOCKS: dict[DType, tuple[int, int]] = {
 }
 
 
+def cached_row_bytes(dtype: DType, p: int) -> int:
+    """Bytes of a head's key or value in the cache; in Q8_0 p codes and an f32 scale."""
+    return p + 4 if dtype == DType.Q8_0 else p * BLOCKS[dtype][1]
+
+
 def row_bytes(dtype: DType, cols: int) -> int:
     """Bytes of one row of `cols` values as files hold it. ValueError if cols is not a whole number of blocks."""
     values, size = BLOCKS[dtype]

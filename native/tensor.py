@@ -80,13 +80,13 @@ class Weight:
 
 
 class KV:
-    """One layer's keys and values, [pages, g, page_size, p] each."""
+    """One layer's keys and values, [pages, g, page_size, p] each; in Q8_0 the tensors are of bytes."""
 
     __slots__ = ("struct", "k", "v", "pages", "g", "page_size", "p", "dtype")
 
-    def __init__(self, struct, k: Tensor, v: Tensor):
-        self.struct, self.k, self.v, self.dtype = struct, k, v, k.dtype
-        self.pages, self.g, self.page_size, self.p = k.shape
+    def __init__(self, struct, k: Tensor, v: Tensor, p: int, dtype: DType):
+        self.struct, self.k, self.v, self.p, self.dtype = struct, k, v, p, dtype
+        self.pages, self.g, self.page_size, _ = k.shape
 
 
 class States:

@@ -98,6 +98,7 @@ typedef struct {
     void (*attend)(const tops_attention_item *item);
     void (*load_row)(float *out, const void *in, int dtype, int64_t count);
     void (*store_row)(void *out, const float *in, int dtype, int64_t count);
+    void (*store_cached)(void *out, const float *in, int dtype, int64_t p);   /* a key or value of a head */
     float (*maximum)(const float *x, int64_t count);   /* -inf for none; NaN is never larger */
     float (*sum_bytes)(const void *in, int64_t bytes);
     void (*convolve_silu)(float *out, const float *in, const float *w, int64_t taps, int64_t count);
@@ -118,5 +119,14 @@ bool tops_is_quantised(int dtype);
 int64_t tops_group_bytes(int dtype, int64_t cols);   /* of GROUP rows; -1: not supported */
 static inline int64_t group_count(int64_t rows) { return (rows + GROUP - 1) / GROUP; }
 static inline size_t storage_bytes(int dtype) { return dtype == TOPS_F32 ? 4 : 2; }
+
+/* ---- the cache: bytes of a value, and of a head's key or value in a slot (tops_kv) ---- */
+static inline int64_t cached_bytes(int dtype) { return dtype == TOPS_F32 ? 4 : dtype == TOPS_Q8_0 ? 1 : 2; }
+static inline int64_t cached_row_bytes(int dtype, int64_t p) { return p * cached_bytes(dtype) + (dtype == TOPS_Q8_0 ? (int64_t)sizeof(float) : 0); }
+static inline int check_cache(const tops_kv *kv) {
+    REQUIRE(kv->dtype == TOPS_F32 || kv->dtype == TOPS_F16 || kv->dtype == TOPS_BF16 || kv->dtype == TOPS_Q8_0,
+            "kv: must be f32, f16, bf16 or Q8_0, not %d", kv->dtype);
+    return TOPS_OK;
+}
 
 #endif

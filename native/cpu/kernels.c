@@ -46,6 +46,29 @@ static void store_row(void *restrict out, const float *restrict in, int dtype, i
     else store_halves(out, in, count);
 }
 
+static void load_cached(float *restrict out, const unsigned char *restrict in, int dtype, int64_t p) {
+    if (dtype != TOPS_Q8_0) {
+        load_row(out, in, dtype, p);
+        return;
+    }
+    float scale;
+    memcpy(&scale, in + p, sizeof scale);
+    for (int64_t i = 0; i < p; i++) out[i] = scale * (float)(int8_t)in[i];
+}
+
+static void store_cached(void *restrict out, const float *restrict in, int dtype, int64_t p) {
+    if (dtype != TOPS_Q8_0) {
+        store_row(out, in, dtype, p);
+        return;
+    }
+    float most = 0;
+    for (int64_t i = 0; i < p; i++) most = fabsf(in[i]) > most ? fabsf(in[i]) : most;
+    float scale = most / 127.0f, inverse = most > 0 ? 127.0f / most : 0;
+    int8_t *codes = out;
+    for (int64_t i = 0; i < p; i++) codes[i] = (int8_t)rintf(in[i] * inverse);
+    memcpy(codes + p, &scale, sizeof scale);
+}
+
 static void rms_norm(float *restrict out, const float *restrict x, const float *restrict weight, int64_t d, float eps) {
     float sum = 0;
     for (int64_t i = 0; i < d; i++) sum += x[i] * x[i];
@@ -208,6 +231,7 @@ void KERNELS(tops_kernels *table) {
     table->attend = attend;
     table->load_row = load_row;
     table->store_row = store_row;
+    table->store_cached = store_cached;
     table->sum_bytes = sum_bytes;
     table->maximum = maximum;
     table->convolve_silu = convolve_silu;

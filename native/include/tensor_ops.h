@@ -66,12 +66,13 @@ typedef struct {
     int32_t activations;
 } tops_weight;
 
-/* One layer's keys and values, [pages, g, page_size, p] each; slot s is row s % page_size of page s / page_size. */
+/* One layer's keys and values, [pages, g, page_size, p] each; slot s is row s % page_size of page s / page_size. In TOPS_Q8_0 a row
+ * is p codes of 8 bits and behind them one f32, their scale: largest value / 127 (the CPU library only). */
 typedef struct {
     void *k, *v;
     int64_t pages;
     int32_t page_size;
-    int32_t dtype;          /* TOPS_F32, TOPS_F16 or TOPS_BF16 */
+    int32_t dtype;          /* TOPS_F32, TOPS_F16, TOPS_BF16 or TOPS_Q8_0 */
 } tops_kv;
 
 /* Where the n tokens of a step stand. Rows of one sequence are neighbours, in order of position; a row attends to positions

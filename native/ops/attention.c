@@ -90,7 +90,8 @@ int tops_paged_attention(tops_stream *stream, void *out, const void *qkv, const 
     REQUIRE(g >= 1 && h % g == 0, "h: must be a multiple of g = %lld, not %lld", (long long)g, (long long)h);
     int64_t width = (p + 15) / 16 * 16;
     REQUIRE(p >= 1 && width <= 256 && h / g * width <= QUERIES, "p: must be in 1..256 with at most 16384 values in a group of heads, not %lld", (long long)p);
-    if (n == 0) return TOPS_OK;
+    int status = check_cache(kv);
+    if (status || n == 0) return status;
     tops_scratch scratch = scratch_of(stream);
     row_run *runs = scratch_take(&scratch, n * (int64_t)sizeof *runs);
     REQUIRE_SCRATCH(runs);

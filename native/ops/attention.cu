@@ -182,6 +182,7 @@ int tops_paged_attention(tops_stream *stream, void *out, const void *qkv, const 
     int64_t n = batch->n;
     REQUIRE(g >= 1 && h % g == 0, "h: must be a multiple of g = %lld, not %lld", (long long)g, (long long)h);
     REQUIRE(p >= 1 && p <= 256, "p: must be in 1..256, not %lld", (long long)p);
+    REQUIRE_SUPPORTED(kv->dtype == TOPS_F32 || kv->dtype == TOPS_F16 || kv->dtype == TOPS_BF16, "kv: must be f32, f16 or bf16, not %d", kv->dtype);
     REQUIRE(n < 65536 && g < 65536, "n, g: at most 65535, not %lld, %lld", (long long)n, (long long)g);
     if (n == 0) return TOPS_OK;
     int64_t longest = batch->max_pages * kv->page_size;

@@ -126,14 +126,14 @@ INLINE void soften(float *score, int64_t visible, float *out, int64_t width, flo
 INLINE int64_t piece_of(const unsigned char **piece, const void *cache, const tops_attention_item *item, int64_t at, int64_t count) {
     int64_t page_size = item->kv->page_size, page = at / page_size, in_page = at - page * page_size;
     int64_t row = (item->pages[page] * item->g + item->head) * page_size + in_page;
-    *piece = (const unsigned char *)cache + row * item->p * (int64_t)storage_bytes(item->kv->dtype);
+    *piece = (const unsigned char *)cache + row * cached_row_bytes(item->kv->dtype, item->p);
     return count < page_size - in_page ? count : page_size - in_page;
 }
 
 /* Keys or values of `count` positions from `at` on as f32 [CHUNK, width]; rows beyond them are left as they are. Those of the next
  * chunk are asked for at the same time: pages do not lie in order, so the processor would not guess them. */
 static void load_positions(float *out, const void *cache, const tops_attention_item *item, int64_t at, int64_t count) {
-    int64_t p = item->p, width = item->width, bytes = p * (int64_t)storage_bytes(item->kv->dtype), many;
+    int64_t p = item->p, width = item->width, bytes = cached_row_bytes(item->kv->dtype, p), many;
     const unsigned char *piece;
     for (int64_t s = 0; s < count && at + s + CHUNK < item->until; s += many) {
         many = piece_of(&piece, cache, item, at + s + CHUNK, count - s);
@@ -141,12 +141,12 @@ static void load_positions(float *out, const void *cache, const tops_attention_i
     }
     for (int64_t s = 0; s < count; s += many, out += many * width) {
         many = piece_of(&piece, cache, item, at + s, count - s);
-        if (p == width) {
+        if (p == width && item->kv->dtype != TOPS_Q8_0) {
             load_row(out, piece, item->kv->dtype, many * p);
             continue;
         }
         for (int64_t i = 0; i < many; i++) {
-            load_row(out + i * width, piece + i * bytes, item->kv->dtype, p);
+            load_cached(out + i * width, piece + i * bytes, item->kv->dtype, p);
             for (int64_t c = p; c < width; c++) out[i * width + c] = 0;
         }
     }

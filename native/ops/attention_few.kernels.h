@@ -2,11 +2,21 @@
  * registers. A copy in f32, which many rows pay for, would cost more than it saves. Heads have no padding here: p = width.
  */
 typedef uint16_t half_lanes __attribute__((vector_size(2 * LANES)));
+typedef int8_t code_lanes __attribute__((vector_size(LANES)));
 
-/* LANES neighbouring values of a cache, as f32. */
+/* LANES neighbouring values of a cache, as f32; codes of 8 bits are not scaled yet. */
 INLINE vec widened(const unsigned char *at, int dtype) {
     vec x;
     half_lanes half;
+    code_lanes codes;
+    if (dtype == TOPS_Q8_0) {
+        memcpy(&codes, at, sizeof codes);
+#if defined(__AVX512F__)
+        return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)codes));
+#else
+        return __builtin_convertvector(__builtin_convertvector(codes, lanes), vec);
+#endif
+    }
     if (dtype == TOPS_F32) {
         memcpy(&x, at, sizeof x);
         return x;
@@ -28,8 +38,16 @@ typedef struct {
     const unsigned char *key[CHUNK], *value[CHUNK];
 } places;
 
+/* scores [rows, CHUNK] times the scales of the chunk's rows in 8 bits, which stand behind their codes. */
+INLINE void scale_by(int rows, float *scores, const unsigned char *const *at, int64_t width) {
+    float scale[CHUNK];
+    for (int s = 0; s < CHUNK; s++) memcpy(scale + s, at[s] + width, sizeof *scale);
+    for (int r = 0; r < rows; r++)
+        for (int s = 0; s < CHUNK; s++) scores[r * CHUNK + s] *= scale[s];
+}
+
 static void find(places *found, const tops_attention_item *item, int64_t at) {
-    int64_t bytes = item->p * (int64_t)storage_bytes(item->kv->dtype), many, count = item->until - at < CHUNK ? item->until - at : CHUNK;
+    int64_t bytes = cached_row_bytes(item->kv->dtype, item->p), many, count = item->until - at < CHUNK ? item->until - at : CHUNK;
     for (int64_t s = 0; s < count; s += many) {
         const unsigned char *key, *value;
         many = piece_of(&key, item->kv->k, item, at + s, count - s);
@@ -51,10 +69,10 @@ INLINE void ask_for(const unsigned char *row, int64_t bytes) {
 
 /* scores [rows, CHUNK] = q [rows, width] times the chunk's keys, `across` of them at once so that all sums are in registers. */
 INLINE void scores_of(int rows, int across, int dtype, float *scores, const float *q, int64_t width, const places *now, const places *next) {
-    int64_t size = (int64_t)storage_bytes(dtype);
+    int64_t size = cached_bytes(dtype);
     for (int s = 0; s < CHUNK; s += across) {
         vec sum[LANES] = {{0}};
-        for (int i = 0; i < across; i++) ask_for(next->key[s + i], width * size);
+        for (int i = 0; i < across; i++) ask_for(next->key[s + i], cached_row_bytes(dtype, width));
         for (int64_t c = 0; c < width; c += LANES)
             for (int i = 0; i < across; i++) {
                 vec key = widened(now->key[s + i] + c * size, dtype);
@@ -64,13 +82,14 @@ INLINE void scores_of(int rows, int across, int dtype, float *scores, const floa
             for (int i = 0; i < count; i++) sum[i] = add_pairs(sum[2 * i], sum[2 * i + 1]);
         for (int r = 0; r < rows; r++) memcpy(scores + r * CHUNK + s, (const float *)sum + r * across, (size_t)across * sizeof(float));
     }
+    if (dtype == TOPS_Q8_0) scale_by(rows, scores, now->key, width);
 }
 
 /* out [rows, width] += weights [rows, CHUNK] times the chunk's values, `across` vectors of a row at once. */
 INLINE void add_values(int rows, int across, int dtype, float *out, const float *weights, int64_t width, int64_t count, const places *now,
                        const places *next) {
-    int64_t size = (int64_t)storage_bytes(dtype);
-    for (int s = 0; s < CHUNK; s++) ask_for(next->value[s], width * size);
+    int64_t size = cached_bytes(dtype);
+    for (int s = 0; s < CHUNK; s++) ask_for(next->value[s], cached_row_bytes(dtype, width));
     for (int64_t c = 0; c < width; c += across * LANES) {
         vec sum[MOST];
         for (int r = 0; r < rows; r++)
@@ -101,6 +120,7 @@ INLINE void attend_rows(int rows, int dtype, const tops_attention_item *item, in
             int64_t visible = item->positions[(first + r) / item->heads] + 1 - at;
             soften(scores + r * CHUNK, visible < count ? visible : count, out + r * width, width, item->maximum + first + r, item->sum + first + r);
         }
+        if (dtype == TOPS_Q8_0) scale_by(rows, scores, now->value, width);
         if (rows < 4 && width % (4 * LANES) == 0) add_values(rows, 4, dtype, out, scores, width, count, now, next);
         else if (width % (2 * LANES) == 0) add_values(rows, 2, dtype, out, scores, width, count, now, next);
         else add_values(rows, 1, dtype, out, scores, width, count, now, next);
@@ -119,6 +139,7 @@ static void attend_few(const tops_attention_item *item) {
     switch (item->kv->dtype) {
     case TOPS_F32: attend_few_in(TOPS_F32, item); break;
     case TOPS_F16: attend_few_in(TOPS_F16, item); break;
+    case TOPS_Q8_0: attend_few_in(TOPS_Q8_0, item); break;
     default: attend_few_in(TOPS_BF16, item);
     }
 }

@@ -55,9 +55,9 @@ static void rope_row(void *context, int64_t t) {
             tops_cpu->store_row(row + j * p * size, head, job->dtype, p);
             continue;
         }
-        int64_t kv_head = (j - h) % g, place = ((page * g + kv_head) * job->kv->page_size + in_page) * p;
+        int64_t kv_head = (j - h) % g, place = (page * g + kv_head) * job->kv->page_size + in_page;
         unsigned char *cache = j < h + g ? job->kv->k : job->kv->v;
-        tops_cpu->store_row(cache + place * (int64_t)storage_bytes(job->kv->dtype), head, job->kv->dtype, p);
+        tops_cpu->store_cached(cache + place * cached_row_bytes(job->kv->dtype, p), head, job->kv->dtype, p);
     }
 }
 
@@ -67,6 +67,8 @@ int tops_qk_norm_rope_store(tops_stream *stream, void *qkv, const tops_kv *kv, c
     REQUIRE(dtype == TOPS_F32 || dtype == TOPS_BF16, "dtype: must be f32 or bf16, not %d", dtype);
     REQUIRE(p >= 1 && p <= HEAD_MAX, "p: must be in 1..256, not %lld", (long long)p);
     REQUIRE(r >= 0 && r <= p && r % 2 == 0, "r: must be even and at most p, not %lld", (long long)r);
+    int status = check_cache(kv);
+    if (status) return status;
     for (int64_t t = 0; t < batch->n; t++)
         REQUIRE(batch->slots[t] >= 0 && batch->slots[t] < kv->pages * kv->page_size, "slots[%lld]: outside the cache: %d", (long long)t, batch->slots[t]);
     rope_job job = {qkv, kv, batch, table, q_norm, k_norm, h, g, p, r, pairs, gated, dtype, eps};

@@ -118,6 +118,7 @@ int tops_qk_norm_rope_store(tops_stream *stream, void *qkv, const tops_kv *kv, c
                             int32_t pairs, int32_t gated, float eps, int32_t dtype) {
     REQUIRE(p >= 1 && p <= HEAD_MAX, "p: must be in 1..256, not %lld", (long long)p);
     REQUIRE(r >= 0 && r <= p && r % 2 == 0, "r: must be even and at most p, not %lld", (long long)r);
+    REQUIRE_SUPPORTED(kv->dtype == TOPS_F32 || kv->dtype == TOPS_F16 || kv->dtype == TOPS_BF16, "kv: must be f32, f16 or bf16, not %d", kv->dtype);
     REQUIRE(batch->n < 65536, "n: at most 65535 rows in a step, not %lld", (long long)batch->n);
     if (batch->n == 0) return TOPS_OK;
     dim3 grid((unsigned)ceil_div(h + 2 * g, 4), (unsigned)batch->n), block(128);

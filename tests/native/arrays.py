@@ -11,7 +11,10 @@ NUMPY = {DType.F32: np.float32, DType.I32: np.int32, DType.U32: np.uint32, DType
 
 
 def round_to(x: np.ndarray, dtype: DType) -> np.ndarray:
-    """x as `dtype` stores it, as float64."""
+    """x as `dtype` stores it, as float64; in Q8_0 a row as the cache keeps it."""
+    if dtype == DType.Q8_0:
+        codes, scale = _codes(x)
+        return codes * scale.astype(np.float64)
     if dtype == DType.BF16:
         return from_bf16(to_bf16(x)).astype(np.float64)
     return np.asarray(x).astype(NUMPY[dtype]).astype(np.float64)
@@ -24,6 +27,29 @@ def to_bf16(x: np.ndarray) -> np.ndarray:
 
 def from_bf16(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _codes(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """8-bit codes of rows, and the scale f32 [..., 1] of each."""
+    x = np.asarray(x, np.float32)
+    most = np.abs(x).max(-1, keepdims=True, initial=0)
+    return np.rint(x / np.where(most > 0, most, 1) * 127).astype(np.int8), (most / 127).astype(np.float32)
+
+
+def put_cached(backend: Backend, whole: Tensor, x: np.ndarray, dtype: DType) -> None:
+    """Into a cache, all of it: x [..., p]."""
+    if dtype == DType.Q8_0:
+        codes, scale = _codes(x)
+        x, dtype = np.concatenate([codes.view(np.uint8), np.ascontiguousarray(scale).view(np.uint8)], -1), DType.U8
+    backend.copy_2d(whole, 0, 1, put(backend, x, dtype), 0, 1, whole.nbytes, 1)
+
+
+def get_cached(backend: Backend, whole: Tensor, dtype: DType) -> np.ndarray:
+    """[..., p]"""
+    data = get(backend, whole)
+    if dtype != DType.Q8_0:
+        return data
+    return data[..., :-4].view(np.int8) * np.ascontiguousarray(data[..., -4:]).view(np.float32).astype(np.float64)
 
 
 def put(backend: Backend, x: np.ndarray, dtype: DType = DType.F32) -> Tensor:

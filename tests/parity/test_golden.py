@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from checkpoints import GOLDEN, write_gguf
-from inference_pio.engine import Engine, SamplingParams, TokenPrompt, runner
+from inference_pio.engine import Engine, EngineError, SamplingParams, TokenPrompt, runner
 
 EXPECTED = json.loads((GOLDEN / "golden.json").read_text())
 ARCHITECTURES = pytest.mark.parametrize("architecture", ["llama", "qwen3"])
@@ -53,6 +53,22 @@ def test_logits_and_greedy_tokens(open_golden, architecture, activations, limit)
         if activations == "f32":
             answer = engine.generate(TokenPrompt(tuple(prompt(n))), SamplingParams(max_tokens=8, ignore_eos=True))
             assert list(answer.token_ids) == expected["greedy8"]
+
+
+@ARCHITECTURES
+def test_keys_and_values_in_8_bits(open_golden, architecture, request):
+    """Half a code of 127 in each key and value: logits (which reach 11 here) stay close, and less memory holds as many tokens."""
+    if request.config.getoption("--device") != "cpu":
+        with pytest.raises(EngineError, match="cache 'q8' cannot be used on cuda"):
+            open_golden(architecture, cache="q8")
+        return
+    with open_golden(architecture, activations="bf16") as exact, open_golden(architecture, activations="bf16", cache="q8") as engine:
+        assert engine.info.page_bytes < 0.8 * exact.info.page_bytes   # heads of 8 values, with a scale of 4 bytes
+        ids = prompt(EXPECTED[architecture]["prompt_len"])
+        difference = np.abs(logits(engine, ids) - logits(exact, ids))
+        assert 0 < difference.max() < 0.5 and np.sqrt((difference ** 2).mean()) < 0.06
+    with pytest.raises(EngineError, match="cache must be auto or q8, not 'q3'"):
+        open_golden(architecture, cache="q3")
 
 
 @ARCHITECTURES
