@@ -44,6 +44,9 @@ static inline tops_format format_of(int dtype) {
 static inline int64_t block_bytes(tops_format f) { return f.affine + (int64_t)GROUP * BLOCK * f.bits / 8; }
 static inline int64_t super_bytes(tops_format f) { return f.header + f.super / BLOCK * block_bytes(f); }
 
+/* Of a value of a format without blocks. */
+static inline int64_t float_bytes(int dtype) { return dtype == TOPS_F32 ? 4 : dtype == TOPS_FP8_E4M3 ? 1 : 2; }
+
 /* Block b (of 32 columns) of a group: its super-block's header and its own bytes. */
 static inline const unsigned char *header_at(tops_format f, const unsigned char *group, int64_t b) {
     return group + b / (f.super / BLOCK) * super_bytes(f);

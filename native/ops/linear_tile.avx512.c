@@ -139,6 +139,7 @@ INLINE void tile_f32(int dtype, int tokens, float *out, const unsigned char *gro
     if (f.super) {
         for (int64_t b = 0; b < cols / BLOCK; b++, x += BLOCK) {
             const unsigned char *block = block_at(f, group, b);
+            ask_ahead(block, block_bytes(f));
             affine a = affine_of_rows(dtype, header_at(f, group, b), block);
             __m512i code[8];
             codes_of(code, f, block + f.affine);
@@ -149,8 +150,9 @@ INLINE void tile_f32(int dtype, int tokens, float *out, const unsigned char *gro
             }
         }
     } else {
-        int64_t c = 0;
+        int64_t c = 0, two_columns = 2 * GROUP * float_bytes(dtype);
         for (; c + 2 <= cols; c += 2) {
+            ask_ahead(group + c / 2 * two_columns, two_columns);
             add_column(even, tokens, column_of(dtype, group, c, scales), x + c, cols);
             add_column(odd, tokens, column_of(dtype, group, c + 1, scales), x + c + 1, cols);
         }

@@ -27,6 +27,7 @@ INLINE void tile_few(int tokens, float *out, const unsigned char *group, const u
     for (int t = 0; t < tokens; t++) even[0][t] = odd[0][t] = _mm512_setzero_ps();
     int64_t c = 0;
     for (; c + 4 <= pitch; c += 4) {
+        ask_ahead(group + 32 * c, 128);
         add_pair(1, tokens, even, &group, x, pitch, c);
         add_pair(1, tokens, odd, &group, x, pitch, c + 2);
     }

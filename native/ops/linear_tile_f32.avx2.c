@@ -49,7 +49,9 @@ INLINE void tile_f32(int dtype, int tokens, float *out, const unsigned char *gro
     for (int t = 0; t < tokens; t++)
         for (int side = 0; side < 2; side++) even[t][side] = odd[t][side] = _mm256_setzero_ps();
     int64_t c = 0;
+    int64_t two_columns = 2 * GROUP * float_bytes(dtype);
     for (; c + 2 <= cols; c += 2) {
+        ask_ahead(group + c / 2 * two_columns, two_columns);
         add_column(even, tokens, column_of(dtype, group, c, scales), x + c, cols);
         add_column(odd, tokens, column_of(dtype, group, c + 1, scales), x + c + 1, cols);
     }
