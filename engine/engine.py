@@ -49,7 +49,7 @@ class Engine:
         self._thread = StepThread(self._stepper, runner.backend)
 
     @classmethod
-    def open(cls, model: str | Path, *, device: str = "auto", weights: str = "auto", activations: str = "auto", cache: str = "auto",
+    def open(cls, model: str | Path, *, device: str = "auto", weights: str = "auto", activations: str = "auto", cache: str = "auto", experts: str = "auto",
              memory: int | None = None,
              context: int | None = None, checkpoints: int | None = None, host_checkpoints: int | None = None, threads: int = 0,
              reuse: bool = True, progress: Callable[[LoadProgress], None] | None = None) -> Engine:
@@ -60,6 +60,7 @@ class Engine:
         weights          auto (as the checkpoint has them); q8 or q4: matrices of floats rounded to 8 or 4 bits, kept on disk
         activations      how inputs of linear layers are rounded: f32 (exact), bf16, q8 (8-bit integers, for quantised weights), auto
         cache            how keys and values are kept: auto (in 16 bits, for exact activations in 32) or q8 (8 bits; on a CPU)
+        experts          where a CPU has those of a mixture: memory (repacked), file (read where they are), auto (in memory if they fit)
         memory           bytes for weights and cache; default: what is free
         context          tokens; default: the model's, up to 8192
         checkpoints      bytes for kept recurrent states, of models that have such; default: 64 states where memory allows
@@ -73,7 +74,7 @@ class Engine:
         checkpoint, backend = loading.open_both(located, device, threads)
         try:
             checkpoint = loading.quantize(checkpoint, weights, backend, lambda done, total: report(LoadProgress("quantize", done, total, str(model))))
-            plan = loading.plan(checkpoint, backend, activations, cache, memory, context, checkpoints, host_checkpoints)
+            plan = loading.plan(checkpoint, backend, activations, cache, experts, memory, context, checkpoints, host_checkpoints)
             detail = loading.summary(checkpoint, backend, plan)
             runner, weight_bytes = loading.load(checkpoint, backend, plan, lambda done, total: report(LoadProgress("load", done, total, detail)))
         except BaseException:

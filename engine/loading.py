@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from fnmatch import fnmatchcase
 from math import inf, prod
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ class Plan:
     state_bytes: int         # of a slot
     host_states: int         # slots in the host's memory
     workspace_bytes: int     # activations and scratch of the largest step
+    mapped_bytes: int        # of experts that are read in the file
 
 
 def open_checkpoint(located: Located) -> Checkpoint:
@@ -142,7 +144,7 @@ def quantize(checkpoint: Checkpoint, weights: str, backend: Backend, progress: C
     return replace(checkpoint, tensors=quantized(checkpoint.path.stem, checkpoint.tensors, weights, checkpoint.plugin.exact, backend, progress))
 
 
-def plan(checkpoint: Checkpoint, backend: Backend, activations: str, cache: str, memory: int | None, context: int | None,
+def plan(checkpoint: Checkpoint, backend: Backend, activations: str, cache: str, experts: str, memory: int | None, context: int | None,
          checkpoints: int | None, host_checkpoints: int | None = None) -> Plan:
     """Fits weights and pages into the budget, or OutOfMemory with what would help."""
     cpu, formats = backend.kind == "cpu", {t.dtype for t in checkpoint.tensors.values() if t.dtype is not None}
@@ -163,12 +165,14 @@ def plan(checkpoint: Checkpoint, backend: Backend, activations: str, cache: str,
     layout = checkpoint.plugin.cache_layout(checkpoint.config).states
     state_bytes = layout.nbytes if layout else 0
     left = budget - weights - least * page_bytes - state_bytes
+    mapped_bytes = _mapped_bytes(checkpoint, backend, experts, fits=left >= 0)
+    left, weights = left + mapped_bytes, weights - mapped_bytes
     if left < 0:
         states = f", {_mb(state_bytes)} for a recurrent state" if state_bytes else ""
         raise OutOfMemory(
             f"{checkpoint.path.name} needs {_mb(weights)} for weights{states} and {_mb(least * page_bytes)} for {context} tokens of "
-            f"context on {backend.device}; the budget is {_mb(max(budget, 0))}. A smaller --context, a larger --memory or a smaller "
-            "model would fit")
+            f"context on {backend.device}; the budget is {_mb(max(budget, 0))}. A smaller --context, a larger --memory"
+            f"{', --experts file' if experts == 'memory' and checkpoint.plugin.experts else ''} or a smaller model would fit")
     states = 0
     if state_bytes:
         wanted = _CHECKPOINTS if checkpoints is None else checkpoints // state_bytes
@@ -176,7 +180,20 @@ def plan(checkpoint: Checkpoint, backend: Backend, activations: str, cache: str,
         left -= (states - 1) * state_bytes
     pages = least + min(left // max(page_bytes, 1), (_CONTEXTS - 1) * least)   # recurrent layers alone have no pages
     host_states = _host_budget(backend, host_checkpoints) // state_bytes if state_bytes else 0
-    return Plan(storage, rounding, cache_dtype, context, pages, page_bytes, states, state_bytes, host_states, workspace_bytes)
+    return Plan(storage, rounding, cache_dtype, context, pages, page_bytes, states, state_bytes, host_states, workspace_bytes, mapped_bytes)
+
+
+def _mapped_bytes(checkpoint: Checkpoint, backend: Backend, experts: str, fits: bool) -> int:
+    """Bytes of experts that stay in the file; `fits`: there is memory for all of them."""
+    if experts not in ("auto", "memory", "file"):
+        raise EngineError(f"experts must be auto, memory or file, not {experts!r}")
+    if experts == "memory" or (experts == "auto" and (fits or backend.kind != "cpu")):
+        return 0
+    if backend.kind != "cpu":
+        raise EngineError(f"experts 'file' cannot be used on {backend.device}, which cannot read a file: use experts 'auto' or --device cpu")
+    return sum(t.nbytes for n, t in checkpoint.tensors.items()
+               if t.dtype is not None and t.shape and backend.reads_in_place(t.dtype, t.shape[-1])
+               and any(fnmatchcase(n, pattern) for pattern in checkpoint.plugin.experts))
 
 
 def _cache_dtype(cache: str, rounding: DType, backend: Backend) -> DType:
@@ -192,8 +209,9 @@ def _cache_dtype(cache: str, rounding: DType, backend: Backend) -> DType:
 
 def summary(checkpoint: Checkpoint, backend: Backend, plan: Plan) -> str:
     """What will be loaded where, in bytes: said before it happens."""
-    weights = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
-    line = f"{checkpoint.plugin.name} on {backend.device}: weights {_mb(weights)}, {_mb(plan.workspace_bytes)} to compute in, " \
+    weights = sum(tensor.nbytes for tensor in checkpoint.tensors.values()) - plan.mapped_bytes
+    mapped = f", experts read in the file {_mb(plan.mapped_bytes)}" if plan.mapped_bytes else ""
+    line = f"{checkpoint.plugin.name} on {backend.device}: weights {_mb(weights)}{mapped}, {_mb(plan.workspace_bytes)} to compute in, " \
            f"cache up to {_mb(plan.pages * plan.page_bytes)} ({plan.pages * PAGE_SIZE} tokens)"
     return line + (f", {plan.states} + {plan.host_states} recurrent states of {_mb(plan.state_bytes)}" if plan.states else "")
 
@@ -227,21 +245,22 @@ def _host_budget(backend: Backend, wanted: int | None) -> int:
 
 
 def load(checkpoint: Checkpoint, backend: Backend, plan: Plan, progress: Callable[[int, int], None]) -> tuple[Runner, int]:
-    """(runner, bytes of weights on the device). The checkpoint's files are unmapped when it returns."""
-    store = WeightStore(checkpoint.path.name, checkpoint.format, checkpoint.tensors, backend, plan.activations, progress)
+    """(runner, bytes of weights). The checkpoint's files are unmapped when it returns, but for those whose experts are read in place."""
+    store = WeightStore(checkpoint.path.name, checkpoint.format, checkpoint.tensors, backend, plan.activations, progress,
+                        checkpoint.plugin.experts if plan.mapped_bytes else ())
     try:
         weights = checkpoint.plugin.load(checkpoint.config, store, backend)
         store.finish()
         backend.end_packing()
         runner = Runner(backend, checkpoint.plugin, checkpoint.config, weights, storage=plan.storage, cache_dtype=plan.cache_dtype,
-                        pages=plan.pages, slots=plan.states, context=plan.context,
+                        pages=plan.pages, slots=plan.states, context=plan.context, files=tuple(store.left),
                         vocabulary=checkpoint.tokenizer.vocabulary if checkpoint.tokenizer else 0)
     except native.OutOfMemory as error:
         raise OutOfMemory(f"{checkpoint.path.name} does not fit on {backend.device}: {error}. "
                           "Use a smaller --context, a smaller model or --device cpu") from None
     except native.DeviceFailed as error:
         raise DeviceError(f"{backend.device} failed while {checkpoint.path.name} was loaded: {error}") from None
-    for file in {tensor.file for tensor in checkpoint.tensors.values()}:
+    for file in {tensor.file for tensor in checkpoint.tensors.values()} - store.left:
         file.close()
     return runner, store.nbytes
 

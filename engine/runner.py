@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from inference_pio.engine.sequence import HISTORY, Sequence
+from inference_pio.engine.tensor_file import MappedFile
 from inference_pio.models.contract import ModelPlugin
 from inference_pio.native import ops
 from inference_pio.native.backend import Backend, Graph, OutOfMemory, Tensor
@@ -46,8 +47,9 @@ class Runner:
     """The model with its workspace, cache and batch."""
 
     def __init__(self, backend: Backend, plugin: ModelPlugin, config: Any, weights: Any, *, storage: DType, cache_dtype: DType,
-                 pages: int, slots: int, context: int, vocabulary: int):
-        self.backend, self._plugin, self._config, self._weights = backend, plugin, config, weights
+                 pages: int, slots: int, context: int, vocabulary: int, files: Items[MappedFile] = ()):
+        """files: in which weights are read while steps run."""
+        self.backend, self._plugin, self._config, self._weights, self._files = backend, plugin, config, weights, files
         layout = plugin.cache_layout(config)
         self._most_tokens = self.most_tokens(backend)
         self._max_pages = -(-context // PAGE_SIZE)
@@ -116,6 +118,8 @@ class Runner:
     def forward(self, rows: list[Row], sequences: Items[Sequence] = (), masks: Items[bytes | None] = ()) -> Tensor:
         """Logits f32 [sum of row.logits, v] of the rows, in order. From the first of them the next token of each of the sequences is
         drawn, where it has a mask among the tokens whose bits are set; `tokens` waits for them."""
+        for file in self._files:
+            file.require_whole()
         n, b, r = sum(row.count for row in rows), len(rows), sum(row.logits for row in rows)
         draw = self._prepare(sequences, masks) if sequences else None
         if not n == b == r <= BUCKETS[-1]:

@@ -29,6 +29,11 @@ class MappedFile:
             raise BadCheckpoint(f"{path} cannot be read: {error.strerror or error}") from None
         self.data = memoryview(self._map)
 
+    def require_whole(self) -> None:
+        """BadCheckpoint if the file has become shorter: what is mapped behind its new end cannot be read, and trying ends the process."""
+        if (size := self._map.size()) < self.size:
+            raise BadCheckpoint(f"{self.path} was cut from {self.size} to {size} bytes while the model reads it: load the model again")
+
     def close(self) -> None:
         """Unmap. Views of it must be gone."""
         self.data.release()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from math import prod
 
 from inference_pio.engine.errors import BadCheckpoint
-from inference_pio.engine.tensor_file import TensorInfo
+from inference_pio.engine.tensor_file import MappedFile, TensorInfo
 from inference_pio.models.contract import Rows
 from inference_pio.native.backend import Backend, Tensor, Weight
 from inference_pio.native.dtype import DType, row_bytes
@@ -19,17 +20,19 @@ SCALE = "_scale_inv"   # block-FP8: despite its name it multiplies
 class WeightStore:
     """Implements `models.contract.TensorSource`. Every tensor is taken once; `finish` makes what is left over an error.
 
-    `activations` is how inputs of quantised layers are rounded; `progress(done, total)` counts bytes of the file.
+    `activations` is how inputs of quantised layers are rounded; `progress(done, total)` counts bytes of the file; experts whose names
+    match one of `in_place` are left where they are in the map.
     """
 
     def __init__(self, name: str, format: str, tensors: dict[str, TensorInfo], backend: Backend, activations: DType,
-                 progress: Callable[[int, int], None] | None = None):
+                 progress: Callable[[int, int], None] | None = None, in_place: Sequence[str] = ()):
         self.name, self.format, self._tensors, self._backend, self._activations = name, format, tensors, backend, activations
-        self._progress = progress or (lambda done, total: None)
+        self._progress, self._in_place = progress or (lambda done, total: None), in_place
+        self.left: set[MappedFile] = set()   # files that hold what was left in them
         self._taken: set[str] = set()
         self._ignored: list[re.Pattern] = []
         self._done, self._total = 0, sum(t.nbytes for t in tensors.values())
-        self.nbytes = 0   # on the device
+        self.nbytes = 0   # on the device, or left in place
 
     def has(self, name: str) -> bool:
         return name in self._tensors
@@ -51,7 +54,10 @@ class WeightStore:
                 raise self._bad(stack[0] if stack else "experts", f"there must be {e} experts, not {len(stack)}")
             parts.append([self._part(name, cols, rows) for name in stack])
         names = [n for stack in stacks for n in ([stack] if isinstance(stack, (str, Rows)) else stack)]
-        return self._packed(self._backend.pack_experts(parts, self._activations), names)
+        if not all(self._stays(_name(entry)) for entry in names) or not all(self._backend.reads_in_place(part[0][1], cols) for part in parts):
+            return self._packed(self._backend.pack_experts(parts, self._activations), names)
+        self.left |= {self._tensors[_name(entry)].file for entry in names}
+        return self._packed(self._backend.leave_experts(parts, self._activations), names)
 
     def vector(self, name: str, d: int, transform: Callable[[float], float] | None = None) -> Tensor:
         info = self._take(name)
@@ -93,6 +99,9 @@ class WeightStore:
             raise self._bad(name, f"is stored as {info.type_name}, which has no kernel; use a file in Q4_K, Q8_0 or bf16")
         self._taken.add(name)
         return info
+
+    def _stays(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self._in_place)
 
     def _packed(self, weight: Weight, names: Sequence[str | Rows]) -> Weight:
         self.nbytes += weight.nbytes

@@ -104,9 +104,9 @@ class Session:
 
         try:
             self.engine = await self.in_worker(lambda: self._open(
-                s.model, device=s.device, weights=s.weights, cache=s.cache, memory=s.memory or None, context=s.context or None,
-                checkpoints=s.checkpoint_memory or None, host_checkpoints=s.host_checkpoint_memory or None, threads=s.threads, reuse=self._reuse,
-                progress=report))
+                s.model, device=s.device, weights=s.weights, cache=s.cache, experts=s.experts, memory=s.memory or None,
+                context=s.context or None, checkpoints=s.checkpoint_memory or None, host_checkpoints=s.host_checkpoint_memory or None,
+                threads=s.threads, reuse=self._reuse, progress=report))
         except EngineError as error:
             self.error = str(error)
         except Exception as error:

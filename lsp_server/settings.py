@@ -23,6 +23,9 @@ class Settings:
                                     "the result on disk.", choices=("auto", "q8", "q4"), restart=True)
     cache: str = _setting("auto", "How keys and values of past tokens are kept: auto in 16 bits; q8 in 8 bits, so that about twice as many fit (on a "
                                   "CPU).", choices=("auto", "q8"), restart=True)
+    experts: str = _setting("auto", "Where a CPU has the experts of a model that has such: memory repacks them, file reads them in the model's file, which "
+                                    "is slower and needs no memory of its own; auto takes the file where memory is too small.",
+                            choices=("auto", "memory", "file"), restart=True)
     memory: int = _setting(0, "Bytes for weights and cache; 0 takes what is free.", least=0, restart=True)
     checkpoint_memory: int = _setting(0, "Bytes of the memory for recurrent states kept for later prompts, in models that have such; 0 takes room for "
                                          "64 of them.", least=0, restart=True)

@@ -141,3 +141,4 @@ class ModelPlugin:
     workspace: Callable[[Any, Backend, int, int, DType], Any]
     forward: Callable[[Any, Any, Any, Batch, tuple[KV | States, ...]], Tensor]
     exact: tuple[str, ...] = ()      # names (with *) of matrices that are not rounded when a checkpoint is quantized at load
+    experts: tuple[str, ...] = ()    # names (with *) of what `load` takes as experts, which a CPU can read in the file

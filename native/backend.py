@@ -147,9 +147,10 @@ class Backend:
     def copy_2d(self, out: Tensor, out_offset: int, out_pitch: int, source: Tensor, offset: int, pitch: int,
                 width: int, height: int) -> None:
         """height pieces of width bytes, each pitch bytes after the one before, from byte `offset` of source to `out_offset` of out."""
-        self.check(self.lib.tops_copy_2d(
-            self.stream, self.address(out, out_offset, (height - 1) * out_pitch + width if height else 0), out_pitch,
-            self.address(source, offset, (height - 1) * pitch + width if height else 0), pitch, width, height))
+        if height == 0:
+            return   # wherever it begins
+        self.check(self.lib.tops_copy_2d(self.stream, self.address(out, out_offset, (height - 1) * out_pitch + width), out_pitch,
+                                         self.address(source, offset, (height - 1) * pitch + width), pitch, width, height))
 
     def address(self, tensor: Tensor, offset: int, nbytes: int):
         """Pointer to byte `offset` of a tensor of which nbytes will be touched."""
@@ -183,6 +184,14 @@ class Backend:
     def pack_experts(self, parts: Sequence[Sequence[tuple]], activations: DType) -> Weight:
         """Each part is a stack of matrices of one shape and format, which lie one after the other: one for each expert."""
         return self._packer.pack(parts, activations, self.lib.tops_packed_expert_bytes, self.lib.tops_pack_expert)
+
+    def leave_experts(self, parts: Sequence[Sequence[tuple]], activations: DType) -> Weight:
+        """The same, but the rows stay where they are and are packed whenever they are read: the buffers must not change."""
+        return self._packer.leave(parts, activations)
+
+    def reads_in_place(self, dtype: DType, cols: int) -> bool:
+        """Whether `leave_experts` takes matrices of that format."""
+        return bool(self.lib.tops_reads_in_place(dtype, cols))
 
     def decode(self, out: Tensor, data, dtype: DType, rows: int, cols: int, scales=None) -> None:
         """out f32 [>= rows, cols] = the values of rows as files hold them, exactly; scales: f32 of each block of 128 x 128, for fp8."""

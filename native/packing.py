@@ -26,32 +26,45 @@ class Packer:
 
     def pack(self, parts: Sequence[Sequence[tuple]], activations: DType, packed_bytes: Callable, pack: Callable) -> Weight:
         """Stacks of matrices of one shape and format each."""
-        struct = self._ffi.new("tops_weight[]", len(parts))
-        total, keep = 0, []
+        struct, keep = self._ffi.new("tops_weight[]", len(parts)), []
+        total = 0
         for entry, matrices in zip(struct, parts, strict=True):
-            _, dtype, rows, cols, scales = matrices[0]
-            if any(matrix[1:4] != (dtype, rows, cols) or (matrix[4] is None) != (scales is None) for matrix in matrices):
-                raise ValueError(f"the experts of a layer must all be {DType(dtype).name} of {rows} x {cols}")
-            expected = rows * row_bytes(dtype, cols)
+            dtype, rows, cols = _alike(matrices)
             nbytes = packed_bytes(dtype, rows, cols)
             if nbytes < 0:
-                raise TensorOpsError(f"{self._backend.device} has no kernels for a {DType(dtype).name} matrix of {rows} x {cols}")
-            for data in (memoryview(matrix[0]).cast("B") for matrix in matrices):
-                if len(data) != expected:
-                    raise ValueError(f"a {DType(dtype).name} matrix of {rows} x {cols} has {expected} bytes, not {len(data)}")
+                raise TensorOpsError(f"{self._backend.device} has no kernels for a {dtype.name} matrix of {rows} x {cols}")
             entry.data = self._arena_take(nbytes * len(matrices))
             self._pack_each(pack, entry.data, nbytes, [matrix[0] for matrix in matrices], dtype, rows, cols)
-            if scales is not None:
-                blocks = self._backend.tensor((len(matrices), -(-rows // 128), -(-cols // 128)), DType.F32)
-                for index, matrix in enumerate(matrices):
-                    self._backend.copy_in(blocks.rows(index, 1), matrix[4])
-                entry.scales = self._ffi.cast("float *", blocks.pointer)
-                keep.append(blocks)
-            entry.rows, entry.cols, entry.dtype, entry.activations = rows * len(matrices), cols, dtype, activations
             total += nbytes * len(matrices)
-        (cols,) = {part[0][3] for part in parts}
-        return Weight(struct, tuple(len(part) * part[0][2] for part in parts), cols, total,
-                      tuple(DType(part[0][1]) for part in parts), tuple(keep))
+            self._describe(entry, matrices, activations, keep)
+        return _weight(struct, parts, total, keep)
+
+    def leave(self, parts: Sequence[Sequence[tuple]], activations: DType) -> Weight:
+        struct, keep = self._ffi.new("tops_weight[]", len(parts)), []
+        total = 0
+        for entry, matrices in zip(struct, parts, strict=True):
+            dtype, rows, cols = _alike(matrices)
+            if not self._backend.reads_in_place(dtype, cols):
+                raise TensorOpsError(f"{self._backend.device} cannot read {dtype.name} rows of {cols} where a file has them")
+            # What is kept are the buffers themselves: cffi's views of them crash when a garbage collection ends both.
+            pointers = self._ffi.new("void *[]", [self._ffi.from_buffer(matrix[0]) for matrix in matrices])
+            entry.in_place = pointers
+            keep += [pointers, *(matrix[0] for matrix in matrices)]
+            total += len(matrices) * rows * row_bytes(dtype, cols)
+            self._describe(entry, matrices, activations, keep)
+        return _weight(struct, parts, total, keep)
+
+    def _describe(self, entry, matrices: Sequence[tuple], activations: DType, keep: list) -> None:
+        """Everything of a stack but where its values are."""
+        _, dtype, rows, cols, scales = matrices[0]
+        entry.rows, entry.cols, entry.dtype, entry.activations = rows * len(matrices), cols, dtype, activations
+        if scales is None:
+            return
+        blocks = self._backend.tensor((len(matrices), -(-rows // 128), -(-cols // 128)), DType.F32)
+        for index, matrix in enumerate(matrices):
+            self._backend.copy_in(blocks.rows(index, 1), matrix[4])
+        entry.scales = self._ffi.cast("float *", blocks.pointer)
+        keep.append(blocks)
 
     def decode(self, out: Tensor, data, dtype: DType, rows: int, cols: int, scales) -> None:
         packed = self._passing("packed", self._lib.tops_packed_bytes(dtype, rows, cols))
@@ -99,3 +112,20 @@ class Packer:
             self._arena, self._arena_used = self._backend.allocate(_ARENA), 0
         self._arena_used += nbytes
         return self._ffi.cast("char *", self._arena) + (self._arena_used - nbytes)
+
+
+def _alike(matrices: Sequence[tuple]) -> tuple[DType, int, int]:
+    """(dtype, rows, cols) of all of them. ValueError if one differs."""
+    _, dtype, rows, cols, scales = matrices[0]
+    if any(matrix[1:4] != (dtype, rows, cols) or (matrix[4] is None) != (scales is None) for matrix in matrices):
+        raise ValueError(f"the experts of a layer must all be {DType(dtype).name} of {rows} x {cols}")
+    expected = rows * row_bytes(dtype, cols)
+    for data in (memoryview(matrix[0]).cast("B") for matrix in matrices):
+        if len(data) != expected:
+            raise ValueError(f"a {DType(dtype).name} matrix of {rows} x {cols} has {expected} bytes, not {len(data)}")
+    return DType(dtype), rows, cols
+
+
+def _weight(struct, parts: Sequence[Sequence[tuple]], nbytes: int, keep: list) -> Weight:
+    (cols,) = {part[0][3] for part in parts}
+    return Weight(struct, tuple(len(part) * part[0][2] for part in parts), cols, nbytes, tuple(DType(part[0][1]) for part in parts), tuple(keep))

@@ -73,7 +73,7 @@ class Weight:
     def __init__(self, struct, part_rows: tuple[int, ...], cols: int, nbytes: int, dtypes: tuple[DType, ...], keep: tuple):
         self.struct, self.part_rows, self.cols, self.nbytes, self.dtypes = struct, part_rows, cols, nbytes, dtypes
         self.parts, self.rows = len(part_rows), sum(part_rows)
-        self.keep = keep   # scale tensors, which the struct only points to
+        self.keep = keep   # scale tensors and rows left in place, which the struct only points to
 
     def __repr__(self) -> str:
         return f"Weight({list(self.part_rows)} x {self.cols}, {'/'.join(d.name for d in self.dtypes)})"

@@ -32,4 +32,5 @@ PLUGIN = ModelPlugin(
     # Routers and decay gates: small, and what they say is not averaged away.
     exact=("*.mlp.gate.weight", "*.shared_expert_gate.weight", "*.in_proj_ba.weight", "*.in_proj_b.weight", "*.in_proj_a.weight",
            "*.ffn_gate_inp*", "*.ssm_ba.weight"),
+    experts=("*.mlp.experts.*", "*.ffn_*_exps.weight"),
 )

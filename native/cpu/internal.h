@@ -117,6 +117,8 @@ void tops_bf16_tile_avx512(tops_kernels *table);   /* needs AVX512_BF16 */
 /* ---- packed weights ---- */
 bool tops_is_quantised(int dtype);
 int64_t tops_group_bytes(int dtype, int64_t cols);   /* of GROUP rows; -1: not supported */
+int64_t tops_file_row_bytes(int dtype, int64_t cols);
+void tops_pack_group(unsigned char *group, const unsigned char *in, int dtype, int64_t cols, int rows);   /* at most GROUP rows of a file */
 static inline int64_t group_count(int64_t rows) { return (rows + GROUP - 1) / GROUP; }
 static inline size_t storage_bytes(int dtype) { return dtype == TOPS_F32 ? 4 : 2; }
 

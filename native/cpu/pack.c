@@ -36,7 +36,7 @@ static inline int64_t file_super_bytes(int dtype) {
     }
 }
 
-static int64_t file_row_bytes(int dtype, int64_t cols) {
+int64_t tops_file_row_bytes(int dtype, int64_t cols) {
     tops_format f = format_of(dtype);
     return f.super ? cols / f.super * file_super_bytes(dtype) : cols * (dtype == TOPS_F32 ? 4 : dtype == TOPS_FP8_E4M3 ? 1 : 2);
 }
@@ -132,33 +132,35 @@ INLINED void interleave(unsigned char *group, const unsigned char *in, int64_t r
         memcpy(group + (whole * GROUP + row) * unit, in + row * row_bytes + whole * unit, (size_t)(row_bytes % unit));
 }
 
-static void pack_group(void *context, int64_t item) {
-    const pack_job *job = context;
-    unsigned char *group = job->out + item * job->group_bytes;
-    int64_t cols = job->cols, first = item * GROUP;
-    int count = job->rows - first < GROUP ? (int)(job->rows - first) : GROUP;
-    const unsigned char *in = job->in + first * job->file_row_bytes;
-    memset(group, 0, (size_t)job->group_bytes);
-    switch (job->dtype) {
-    case TOPS_Q4_0: pack_supers(TOPS_Q4_0, group, in, cols, count); break;
-    case TOPS_Q4_1: pack_supers(TOPS_Q4_1, group, in, cols, count); break;
-    case TOPS_Q5_0: pack_supers(TOPS_Q5_0, group, in, cols, count); break;
-    case TOPS_Q5_1: pack_supers(TOPS_Q5_1, group, in, cols, count); break;
-    case TOPS_Q8_0: pack_supers(TOPS_Q8_0, group, in, cols, count); break;
-    case TOPS_Q4_K: pack_supers(TOPS_Q4_K, group, in, cols, count); break;
-    case TOPS_Q5_K: pack_supers(TOPS_Q5_K, group, in, cols, count); break;
-    case TOPS_Q6_K: pack_supers(TOPS_Q6_K, group, in, cols, count); break;
-    case TOPS_F32: case TOPS_BF16: interleave(group, in, job->file_row_bytes, count, 4); break;
-    case TOPS_F16: interleave(group, in, job->file_row_bytes, count, 2); break;
-    default: interleave(group, in, job->file_row_bytes, count, 1);
+void tops_pack_group(unsigned char *group, const unsigned char *in, int dtype, int64_t cols, int rows) {
+    int64_t row_bytes = tops_file_row_bytes(dtype, cols);
+    memset(group, 0, (size_t)tops_group_bytes(dtype, cols));
+    switch (dtype) {
+    case TOPS_Q4_0: pack_supers(TOPS_Q4_0, group, in, cols, rows); break;
+    case TOPS_Q4_1: pack_supers(TOPS_Q4_1, group, in, cols, rows); break;
+    case TOPS_Q5_0: pack_supers(TOPS_Q5_0, group, in, cols, rows); break;
+    case TOPS_Q5_1: pack_supers(TOPS_Q5_1, group, in, cols, rows); break;
+    case TOPS_Q8_0: pack_supers(TOPS_Q8_0, group, in, cols, rows); break;
+    case TOPS_Q4_K: pack_supers(TOPS_Q4_K, group, in, cols, rows); break;
+    case TOPS_Q5_K: pack_supers(TOPS_Q5_K, group, in, cols, rows); break;
+    case TOPS_Q6_K: pack_supers(TOPS_Q6_K, group, in, cols, rows); break;
+    case TOPS_F32: case TOPS_BF16: interleave(group, in, row_bytes, rows, 4); break;
+    case TOPS_F16: interleave(group, in, row_bytes, rows, 2); break;
+    default: interleave(group, in, row_bytes, rows, 1);
     }
+}
+
+static void pack_item(void *context, int64_t item) {
+    const pack_job *job = context;
+    int64_t first = item * GROUP, rows = job->rows - first < GROUP ? job->rows - first : GROUP;
+    tops_pack_group(job->out + item * job->group_bytes, job->in + first * job->file_row_bytes, job->dtype, job->cols, (int)rows);
 }
 
 int tops_pack(tops_stream *stream, void *out, const void *in, int32_t dtype, int64_t rows, int64_t cols) {
     if (tops_packed_bytes(dtype, rows, cols) < 0)
         return tops_fail(TOPS_UNSUPPORTED, "dtype: no packed layout for dtype %d with %lld x %lld", dtype, (long long)rows, (long long)cols);
-    pack_job job = {out, in, dtype, rows, cols, tops_group_bytes(dtype, cols), file_row_bytes(dtype, cols)};
-    tops_team_run(stream->team, group_count(rows), pack_group, &job);
+    pack_job job = {out, in, dtype, rows, cols, tops_group_bytes(dtype, cols), tops_file_row_bytes(dtype, cols)};
+    tops_team_run(stream->team, group_count(rows), pack_item, &job);
     return TOPS_OK;
 }
 
@@ -207,6 +209,7 @@ static void unpack_item(void *context, int64_t row) {
 }
 
 int tops_unpack_rows(tops_stream *stream, float *out, const tops_weight *w, int64_t first, int64_t count) {
+    REQUIRE(!w->in_place, "w: must be packed");
     REQUIRE(tops_packed_bytes(w->dtype, w->rows, w->cols) >= 0, "w: no packed layout for dtype %d with %lld columns", w->dtype, (long long)w->cols);
     REQUIRE(first >= 0 && count >= 0 && first + count <= w->rows, "rows: %lld..%lld of %lld", (long long)first, (long long)(first + count), (long long)w->rows);
     unpack_job job = {out, w, first};

@@ -57,13 +57,15 @@ typedef struct tops_graph tops_graph;
  * `scales` is null but for TOPS_FP8_E4M3: f32 [ceil(rows/128), ceil(cols/128)], multiplied in.
  * `activations` is how x is rounded before the product: TOPS_F32 and TOPS_BF16 (not at all, or to bf16), TOPS_Q8_0 (to 8-bit
  * integers in groups of 32 with one f32 scale, which is what makes integer dot products possible; weights in f32, f16, bf16
- * and fp8 ignore it). */
+ * and fp8 ignore it).
+ * `in_place` is null but for a stack of experts that is not packed: where the rows of each expert lie as files hold them. */
 typedef struct {
     const void *data;
     const float *scales;
     int64_t rows, cols;
     int32_t dtype;
     int32_t activations;
+    const void *const *in_place;
 } tops_weight;
 
 /* One layer's keys and values, [pages, g, page_size, p] each; slot s is row s % page_size of page s / page_size. In TOPS_Q8_0 a row
@@ -152,6 +154,7 @@ int tops_unpack_rows(tops_stream *stream, float *out, const tops_weight *w, int6
 /* The same for a matrix of an expert, which a library may lay out in another way. */
 int64_t tops_packed_expert_bytes(int32_t dtype, int64_t rows, int64_t cols);
 int tops_pack_expert(tops_stream *stream, void *out, const void *in, int32_t dtype, int64_t rows, int64_t cols);
+int32_t tops_reads_in_place(int32_t dtype, int64_t cols);   /* 1: experts of that format need not be packed (tops_weight) */
 /* in f32 [rows, cols] -> file layout of dtype Q8_0 or Q4_0 (round to nearest), bf16 or f16 */
 int tops_quantize(tops_stream *stream, void *out, const float *in, int32_t dtype, int64_t rows, int64_t cols);
 int tops_convert(tops_stream *stream, void *out, int32_t out_dtype, const void *in, int32_t in_dtype, int64_t count);  /* f32, f16, bf16 */

@@ -2,7 +2,8 @@
  * Products with the experts that each token chose, and with the shared one (which counts as expert e).
  *
  * Pairs (token, choice) are sorted by expert; an expert's rows then lie together and take the same tiles as a linear layer, whether
- * it has one token or a hundred. Nothing of an expert that nobody chose is read.
+ * it has one token or a hundred. Nothing of an expert that nobody chose is read. Experts that were left in a file are packed here,
+ * GROUP rows at a time, into a buffer that stays in the cache while all their tokens pass.
  */
 #include <string.h>
 
@@ -27,23 +28,36 @@ static int64_t row_of(const expert_job *job, int32_t pair) { return job->by_toke
 
 static bool rounds_to_q8(const tops_weight *w) { return w->activations == TOPS_Q8_0 && tops_is_quantised(w->dtype); }
 
-/* Matrix `part` of an expert (e: the shared one): the stack it lies in, its packed rows and its scales. */
-static const tops_weight *matrix(const expert_job *job, int64_t expert, int part, const unsigned char **data, const float **scales) {
-    const tops_weight *w = expert == job->e ? &job->shared[part] : &job->w[part];
-    int64_t index = expert == job->e ? 0 : expert;
-    *data = (const unsigned char *)w->data + index * tops_packed_bytes(w->dtype, job->rows, w->cols);
-    *scales = w->scales ? w->scales + index * ((job->rows + 127) / 128) * ((w->cols + 127) / 128) : NULL;
-    return w;
+enum { PACKED_BYTES = 256 << 10 };   /* of GROUP rows that are packed on their way, on the stack */
+
+int32_t tops_reads_in_place(int32_t dtype, int64_t cols) {
+    int64_t bytes = tops_group_bytes(dtype, cols);
+    return bytes >= 0 && bytes <= PACKED_BYTES;
 }
 
-/* out [tokens, GROUP] of rows GROUP group .. of a matrix, for sorted rows first .. */
-static void product(const expert_job *job, float *out, int64_t expert, int part, int64_t group, int64_t first, int tokens) {
-    const unsigned char *data;
+/* Rows GROUP group .. of matrix `part` of an expert (e: the shared one). */
+typedef struct {
+    const unsigned char *packed;
     const float *scales;
-    const tops_weight *w = matrix(job, expert, part, &data, &scales);
+    tops_tile tile;
+} row_group;
+
+/* buffer [PACKED_BYTES]: for rows that are not packed yet */
+static row_group rows_of(const expert_job *job, int64_t expert, int part, int64_t group, unsigned char *buffer) {
+    const tops_weight *w = expert == job->e ? &job->shared[part] : &job->w[part];
+    int64_t index = expert == job->e ? 0 : expert, wide = (w->cols + 127) / 128, bytes = tops_group_bytes(w->dtype, w->cols);
+    const float *scales = w->scales ? w->scales + (index * ((job->rows + 127) / 128) + group * GROUP / 128) * wide : NULL;
     tops_tile tile = (rounds_to_q8(w) ? tops_cpu->tile_q8 : tops_cpu->tile_f32)[dtype_slot(w->dtype)];
-    if (scales) scales += group * GROUP / 128 * ((w->cols + 127) / 128);
-    tile(out, data + group * tops_group_bytes(w->dtype, w->cols), &job->x, first, tokens, scales);
+    if (!w->in_place) return (row_group){(const unsigned char *)w->data + (index * group_count(job->rows) + group) * bytes, scales, tile};
+    int64_t rows = job->rows - group * GROUP < GROUP ? job->rows - group * GROUP : GROUP;
+    const unsigned char *in = (const unsigned char *)w->in_place[index] + group * GROUP * tops_file_row_bytes(w->dtype, w->cols);
+    tops_pack_group(buffer, in, w->dtype, w->cols, (int)rows);
+    return (row_group){buffer, scales, tile};
+}
+
+/* out [tokens, GROUP] for sorted rows first .. */
+static void product(const expert_job *job, float *out, const row_group *rows, int64_t first, int tokens) {
+    rows->tile(out, rows->packed, &job->x, first, tokens, rows->scales);
 }
 
 static void prepare_row(void *context, int64_t at) {
@@ -88,6 +102,7 @@ static int check_stack(const char *name, const tops_weight *w, int64_t e, int64_
             (long long)rows, (long long)cols, (long long)w->rows, (long long)w->cols);
     REQUIRE(tops_packed_bytes(w->dtype, rows, cols) >= 0, "%s: number format %d has no rows of %lld", name, w->dtype, (long long)cols);
     REQUIRE(w->dtype != TOPS_FP8_E4M3 || w->scales, "%s: fp8 needs scales", name);
+    REQUIRE(!w->in_place || tops_reads_in_place(w->dtype, cols), "%s: rows of %lld must be packed", name, (long long)cols);
     return TOPS_OK;
 }
 
@@ -104,17 +119,20 @@ static void gate_up_item(void *context, int64_t item) {
     int64_t groups = group_count(job->rows), spans = (groups + SPAN - 1) / SPAN;
     int64_t expert = job->active[item / spans], last = (item % spans + 1) * SPAN;
     float gate[TILE * GROUP], up[TILE * GROUP];
-    for (int64_t group = item % spans * SPAN; group < groups && group < last; group++)
+    _Alignas(64) unsigned char buffer[2][PACKED_BYTES];
+    for (int64_t group = item % spans * SPAN; group < groups && group < last; group++) {
+        row_group gates = rows_of(job, expert, 0, group, buffer[0]), ups = rows_of(job, expert, 1, group, buffer[1]);
         for (int64_t at = job->starts[expert], end = job->starts[expert + 1]; at < end; at += TILE) {
             int tokens = end - at < TILE ? (int)(end - at) : TILE;
             int64_t count = job->rows - group * GROUP < GROUP ? job->rows - group * GROUP : GROUP;
-            product(job, gate, expert, 0, group, at, tokens);
-            product(job, up, expert, 1, group, at, tokens);
+            product(job, gate, &gates, at, tokens);
+            product(job, up, &ups, at, tokens);
             tops_cpu->silu_mul(gate, gate, up, (int64_t)tokens * GROUP);
             for (int t = 0; t < tokens; t++)
                 tops_cpu->store_row(job->out + (size_t)(job->order[at + t] * job->rows + group * GROUP) * storage_bytes(job->dtype),
                                     gate + t * GROUP, job->dtype, count);
         }
+    }
 }
 
 int tops_experts_gate_up_silu(tops_stream *stream, void *out, const void *x, const int32_t *experts, const tops_weight *w,
@@ -137,17 +155,21 @@ static void down_item(void *context, int64_t group) {
     const expert_job *job = context;
     int64_t n = job->n, count = job->rows - group * GROUP < GROUP ? job->rows - group * GROUP : GROUP;
     float *sums = job->sums + group * n * GROUP, y[TILE * GROUP], before[GROUP];
+    _Alignas(64) unsigned char buffer[PACKED_BYTES];
     memset(sums, 0, (size_t)(n * GROUP) * sizeof(float));
-    for (int64_t a = 0; a < job->actives; a++)
-        for (int64_t expert = job->active[a], at = job->starts[expert], end = job->starts[expert + 1]; at < end; at += TILE) {
+    for (int64_t a = 0; a < job->actives; a++) {
+        int64_t expert = job->active[a];
+        row_group rows = rows_of(job, expert, 0, group, buffer);
+        for (int64_t at = job->starts[expert], end = job->starts[expert + 1]; at < end; at += TILE) {
             int tokens = end - at < TILE ? (int)(end - at) : TILE;
-            product(job, y, expert, 0, group, at, tokens);
+            product(job, y, &rows, at, tokens);
             for (int t = 0; t < tokens; t++) {
                 int32_t pair = job->order[at + t];
                 float *sum = sums + pair / (job->k + 1) * GROUP;
                 for (int i = 0; i < GROUP; i++) sum[i] += job->shares[pair] * y[t * GROUP + i];
             }
         }
+    }
     for (int64_t t = 0; t < n; t++) {
         unsigned char *out = job->out + (size_t)(t * job->rows + group * GROUP) * storage_bytes(job->dtype);
         tops_cpu->load_row(before, out, job->dtype, count);

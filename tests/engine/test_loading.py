@@ -92,12 +92,12 @@ def test_the_flagship_fits_on_a_card_of_78_gib_with_128k_tokens_and_64_checkpoin
     weights = SimpleNamespace(dtype=DType.Q4_0, nbytes=44_800_000_000)
     checkpoint = SimpleNamespace(path=Path("flagship"), plugin=CODER_NEXT, config=config, tensors={"all": weights}, context=262144)
     backend = SimpleNamespace(kind="cuda", device="cuda:0", memory_info=lambda: (78 << 30, 80 << 30), lib=SimpleNamespace(tops_scratch_bytes=lambda *_: 2 << 30))
-    plan = loading.plan(checkpoint, backend, "auto", "auto", None, 131072, None)
+    plan = loading.plan(checkpoint, backend, "auto", "auto", "auto", None, 131072, None)
     assert plan.pages * PAGE_SIZE >= 131072 and plan.states >= 64 + 1
     assert plan.workspace_bytes > 2 << 30, "scratch and activations are counted"
     taken = weights.nbytes + plan.pages * plan.page_bytes + plan.states * plan.state_bytes + plan.workspace_bytes
     assert taken < 78 << 30
     with pytest.raises(EngineError, match="needs 44.80 GB for weights, .* for a recurrent state and .*the budget is 48.00 GB"):
-        loading.plan(checkpoint, backend, "auto", "auto", 48_000_000_000, 131072, None)
+        loading.plan(checkpoint, backend, "auto", "auto", "auto", 48_000_000_000, 131072, None)
     with pytest.raises(EngineError, match="cache 'q8' cannot be used on cuda:0.*use cache 'auto' or --device cpu"):
-        loading.plan(checkpoint, backend, "auto", "q8", None, 131072, None)
+        loading.plan(checkpoint, backend, "auto", "q8", "auto", None, 131072, None)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, quants
 
 from checkpoint_files import Tensors, plain, write_gguf, write_safetensors
-from inference_pio.engine import Engine, EngineError
+from inference_pio.engine import BadCheckpoint, Engine, EngineError, SamplingParams, TokenPrompt
 from inference_pio.native.dtype import DType
 from weights import random_weight
 
@@ -77,15 +79,20 @@ def close(a, b):
     assert np.abs(a - b).max() < 1e-3 * max(1, np.abs(b).max()) and np.abs(b).max() > 0.1
 
 
-def test_fused_and_per_expert_names_agree(tmp_path, arrays):
-    expected = logits(write_safetensors(tmp_path / "experts", CONFIG, plain(arrays)))
-    fused = {name: a for name, a in arrays.items() if ".experts." not in name}
+def fused(arrays):
+    """The experts of a layer in two tensors."""
+    found = {name: a for name, a in arrays.items() if ".experts." not in name}
     for layer in range(LAYERS):
         m = f"model.layers.{layer}.mlp.experts."
         part = {kind: np.stack([arrays[f"{m}{e}.{kind}_proj.weight"] for e in range(E)]) for kind in ("gate", "up", "down")}
-        fused |= {m + "gate_up_proj": np.concatenate([part["gate"], part["up"]], 1), m + "down_proj": part["down"]}
-    fused["mtp.fc.weight"] = np.zeros((4, 4), "f4")     # a draft head is tolerated
-    assert (logits(write_safetensors(tmp_path / "fused", CONFIG, plain(fused))) == expected).all()
+        found |= {m + "gate_up_proj": np.concatenate([part["gate"], part["up"]], 1), m + "down_proj": part["down"]}
+    return found
+
+
+def test_fused_and_per_expert_names_agree(tmp_path, arrays):
+    expected = logits(write_safetensors(tmp_path / "experts", CONFIG, plain(arrays)))
+    tensors = fused(arrays) | {"mtp.fc.weight": np.zeros((4, 4), "f4")}     # a draft head is tolerated
+    assert (logits(write_safetensors(tmp_path / "fused", CONFIG, plain(tensors))) == expected).all()
 
 
 def test_new_spelling_and_split_projections_agree(tmp_path, arrays):
@@ -216,6 +223,45 @@ def test_rounding_at_load_keeps_routers_and_gates(tmp_path, arrays, rng, monkeyp
     close(logits(write_safetensors(tmp_path / "stored", CONFIG, stored), weights=weights), expected)
 
 
+@pytest.mark.parametrize("layout", ["per expert", "fused", "gguf"])
+def test_experts_read_in_the_file_give_the_same_bits(tmp_path, arrays, rng, layout):
+    if DEVICE[0] != "cpu":
+        pytest.skip("a GPU cannot read a file")
+    path = (write_gguf(tmp_path / "model.gguf", METADATA, gguf(arrays, rng, False, MIXTURES["q4_k_m"])[0]) if layout == "gguf" else
+            write_safetensors(tmp_path / "m", CONFIG, plain(fused(arrays) if layout == "fused" else arrays)))
+    for activations in ("f32", "auto"):
+        found = []
+        for experts in ("memory", "file"):
+            reports = []
+            with Engine.open(path, device="cpu", activations=activations, experts=experts, progress=reports.append) as engine:
+                found.append(bytes(engine.score(IDS).data))
+            assert ("experts read in the file" in reports[-1].detail) == (experts == "file")
+        assert found[0] == found[1] and any(found[0])
+
+
+def test_experts_stay_in_the_file_where_memory_is_too_small_for_them(tmp_path, arrays):
+    path, held = write_safetensors(tmp_path / "m", CONFIG, plain(arrays)), sum(a.nbytes for n, a in arrays.items() if ".experts." not in n)
+    room = dict(device="cpu", activations="f32", context=64, checkpoints=0, memory=held + (4 << 20))
+    with pytest.raises(EngineError, match="a larger --memory, --experts file or a smaller model"):
+        Engine.open(path, experts="memory", **room)
+    with Engine.open(path, **room) as engine:
+        assert engine.info.weight_bytes > room["memory"] and len(engine.score(IDS).data) == len(IDS) * V
+    with pytest.raises(EngineError, match="experts must be auto, memory or file, not 'disk'"):
+        Engine.open(path, device="cpu", experts="disk")
+
+
+def test_a_file_that_is_cut_while_its_experts_are_read_ends_requests_and_not_the_process(tmp_path, arrays):
+    path = write_safetensors(tmp_path / "m", CONFIG, plain(arrays))
+    with Engine.open(path, device="cpu", activations="f32", experts="file") as engine:
+        assert len(engine.generate(TokenPrompt((1, 2, 3)), SamplingParams(max_tokens=2, ignore_eos=True)).token_ids) == 2
+        whole = (path / "model.safetensors").stat().st_size
+        os.truncate(path / "model.safetensors", whole // 2)
+        with pytest.raises(EngineError, match=f"model.safetensors was cut from {whole} to {whole // 2} bytes"):
+            engine.generate(TokenPrompt((1, 2, 4)), SamplingParams(max_tokens=2))
+        with pytest.raises(BadCheckpoint, match="load the model again"):
+            engine.score(IDS)
+
+
 def refused(path, *words):
     with pytest.raises(EngineError) as error:
         logits(path)
@@ -254,12 +300,16 @@ def test_a_context_longer_than_the_pages_allow_is_refused(tmp_path, arrays):
     path = write_safetensors(tmp_path / "m", CONFIG, plain(arrays))
     weights = sum(a.nbytes for a in arrays.values())
     with pytest.raises(EngineError, match="recurrent state.*smaller --context"):
-        Engine.open(path, device="cpu", activations="f32", memory=weights + (1 << 18))
+        Engine.open(path, device="cpu", activations="f32", memory=weights + (1 << 18), experts="memory")
     with Engine.open(path, device="cpu", activations="f32", checkpoints=0) as engine:
         assert engine.info.state_count == 4 and engine.status().states_free == 4
 
 
 def test_recurrent_layers_alone_need_no_pages(tmp_path, arrays):
     few = {name: a for name, a in arrays.items() if not any(f"layers.{layer}." in name for layer in range(2, LAYERS))}
-    result = logits(write_safetensors(tmp_path / "m", CONFIG | {"num_hidden_layers": 2}, plain(few)))
+    path = write_safetensors(tmp_path / "m", CONFIG | {"num_hidden_layers": 2}, plain(few))
+    result = logits(path)
     assert np.isfinite(result).all() and result.std() > 0
+    with Engine.open(path, device=DEVICE[0], activations="f32") as engine:
+        first, again = (engine.generate(TokenPrompt(tuple(IDS)), SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)) for _ in range(2))
+        assert first.token_ids == again.token_ids and again.stats.computed_tokens == 1

@@ -5,8 +5,9 @@ import pytest
 from arrays import Guarded, round_to
 from arrays import put as store
 from inference_pio.native import ops
+from inference_pio.native.backend import TensorOpsError
 from inference_pio.native.dtype import DType
-from weights import QUANTISED, random_weight
+from weights import FLOATS, QUANTISED, random_weight
 
 EPS = 1e-6
 
@@ -229,3 +230,37 @@ def test_scatter_add_by_index(backend, n, rows, d, scaled, rng):
         if 0 <= index[t] < rows:
             expected[index[t]] += x[t] * (scale[t] if scaled else 1)
     close(get(backend, out), expected)
+
+
+@pytest.mark.parametrize("activations", [DType.F32, DType.Q8_0], ids=lambda d: d.name)
+@pytest.mark.parametrize("dtype", [*FLOATS, DType.FP8_E4M3, *QUANTISED], ids=lambda d: d.name)
+def test_experts_left_in_place_give_what_packed_ones_give(backend, rng, dtype, activations):
+    """Bit for bit, for one token and for many, with rows that fill no group."""
+    d, i, e, k = 256, 512, 5, 2
+    if backend.kind != "cpu":
+        with pytest.raises(TensorOpsError, match="cannot read"):
+            backend.leave_experts([[(bytes(d * 4), DType.F32, 1, d, None)]], activations)
+        return
+
+    def stack_of(parts, count, rows, cols):
+        made = [[random_weight(rng, dtype, rows, cols) for _ in range(count)] for _ in range(parts)]
+        return [[(data, dtype, rows, cols, None if scales is None else scales.tobytes()) for data, _, scales in part] for part in made]
+
+    for rows in (i, 256 + 40):
+        gate_up, shared_gate_up, shared_down = stack_of(2, e, rows, d), stack_of(2, 1, rows, d), stack_of(1, 1, rows, i)
+        down = stack_of(1, e, rows, i)
+        for n in (1, 17):
+            ids = put(backend, np.array([rng.permutation(e)[:k] for _ in range(n)]), DType.I32)
+            x, act, shares = (put(backend, rng.normal(0, 1, shape)) for shape in ((n, d), (n, (k + 1) * i), (n, k + 1)))
+            found = []
+            for bring in (backend.pack_experts, backend.leave_experts):
+                up, out = (put(backend, np.zeros((n, width))) for width in ((k + 1) * rows, rows))
+                ops.experts_gate_up_silu(up, x, ids, bring(gate_up, activations), backend.pack_experts(shared_gate_up, activations), n)
+                ops.experts_down_add(out, act, ids, shares, bring(down, activations), backend.pack_experts(shared_down, activations), n)
+                found.append((bytes(backend.copy_out(up)), bytes(backend.copy_out(out))))
+            assert found[0] == found[1] and any(found[0][0]) and any(found[0][1])
+
+
+def test_rows_too_wide_to_be_left_in_place_are_refused(backend):
+    with pytest.raises(TensorOpsError, match="cannot read F32 rows of 100000"):
+        backend.leave_experts([[(bytes(400_000), DType.F32, 1, 100_000, None)]], DType.F32)
