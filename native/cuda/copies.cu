@@ -119,7 +119,7 @@ int tops_copy_in(tops_stream *stream, void *out, const void *host, int64_t bytes
 }
 
 int tops_alloc_host(tops_stream *stream, void **memory, int64_t bytes) {
-    (void)stream;
+    CUDA(cudaSetDevice(stream->device));
     CUDA(cudaMallocHost(memory, bytes ? (size_t)bytes : 1));
     return TOPS_OK;
 }
