@@ -174,7 +174,7 @@ def main(plugin: ModelPlugin, config: Any, argv: Sequence[str] | None = None) ->
     dtype = next(d for d in DType if d.name.lower() == a.weights.lower())
     quantised = BLOCKS[dtype][0] > 1
     cpu = a.device == "cpu"
-    chosen = a.activations if a.activations != "auto" else "q8" if quantised else "f32" if cpu and dtype != DType.BF16 else "bf16"
+    chosen = a.activations if a.activations != "auto" else "bf16" if not cpu or dtype == DType.BF16 else "q8" if quantised else "f32"
     activations = {"f32": DType.F32, "bf16": DType.BF16, "q8": DType.Q8_0}[chosen]
     count, steps = a.prompt or (512 if cpu else 2048), 20 if cpu else 100
     bench = Bench(plugin, config, a.device, a.threads, dtype, activations, max(a.context, a.cached, count) + 64, a.cache)

@@ -6,6 +6,8 @@ step: the number of rows to work on is an argument. Letters as in the header; th
 
 from __future__ import annotations
 
+from typing import Any
+
 from inference_pio.native.dtype import DType
 from inference_pio.native.tensor import KV, Batch, States, Tensor, Weight
 
@@ -98,16 +100,20 @@ def qk_norm_rope_store(qkv: Tensor, kv: KV, batch: Batch, table: Tensor, q_norm:
     qkv [>=n, (h + 2 g) p], and h p more in a row if gated; table as rope_table left it for the step; pairs 0: half-split rotation,
     1: interleaved.
     """
+    norms = _rope(qkv, kv, batch, table, q_norm, k_norm, h, gated)
+    _run(qkv, "tops_qk_norm_rope_store", qkv.pointer, kv.struct, batch.struct, table.pointer, *norms,
+         h, kv.g, kv.p, 2 * table.shape[1], pairs, gated, eps, qkv.dtype)
+
+
+def _rope(qkv: Tensor, kv: KV, batch: Batch, table: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, h: int, gated: bool) -> list[Any]:
+    """Pointers of the two norms, after the shapes are checked."""
     g, p, n = kv.g, kv.p, batch.n
     _matrix("qkv", qkv, n, (h + 2 * g + h * gated) * p)
     _require(table.shape[0] >= n and 2 * table.shape[1] <= p, "table", f"[{n}, r/2, 2] with r <= {p}", table)
-    for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
+    for norm_name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
         if norm is not None:
-            _vector(name, norm, p, DType.F32)
-    null = qkv.backend.ffi.NULL
-    _run(qkv, "tops_qk_norm_rope_store", qkv.pointer, kv.struct, batch.struct, table.pointer,
-         null if q_norm is None else q_norm.pointer, null if k_norm is None else k_norm.pointer,
-         h, g, p, 2 * table.shape[1], pairs, gated, eps, qkv.dtype)
+            _vector(norm_name, norm, p, DType.F32)
+    return [qkv.backend.ffi.NULL if norm is None else norm.pointer for norm in (q_norm, k_norm)]
 
 
 def paged_attention(out: Tensor, qkv: Tensor, kv: KV, batch: Batch, h: int, scale: float, gated: bool = False) -> None:
@@ -120,6 +126,16 @@ def paged_attention(out: Tensor, qkv: Tensor, kv: KV, batch: Batch, h: int, scal
     _matrix("out", out, n, h * p, qkv.dtype)
     _matrix("qkv", qkv, n, (h + 2 * g + h * gated) * p)
     _run(out, "tops_paged_attention", out.pointer, qkv.pointer, kv.struct, batch.struct, h, g, p, scale, gated, out.dtype)
+
+
+def rope_attention(out: Tensor, qkv: Tensor, kv: KV, batch: Batch, table: Tensor, q_norm: Tensor | None, k_norm: Tensor | None,
+                   h: int, pairs: int, scale: float, eps: float, gated: bool = False) -> None:
+    """qk_norm_rope_store, then paged_attention: out [>=n, h p]. qkv may change."""
+    _require(kv.g > 0 and h % kv.g == 0, "h", f"a multiple of {kv.g} key-value heads", h)
+    _matrix("out", out, batch.n, h * kv.p, qkv.dtype)
+    norms = _rope(qkv, kv, batch, table, q_norm, k_norm, h, gated)
+    _run(out, "tops_rope_attention", out.pointer, qkv.pointer, kv.struct, batch.struct, table.pointer, *norms,
+         h, kv.g, kv.p, 2 * table.shape[1], pairs, gated, scale, eps, out.dtype)
 
 
 def gated_delta_rule(out: Tensor, x: Tensor, conv: Tensor, decay: Tensor, dt_bias: Tensor, norm: Tensor, states: States,

@@ -105,8 +105,7 @@ def forward(c: Config, w: Weights, ws: Workspace, batch: Batch, cache: tuple[KV,
     ops.rope_table(ws.rope, batch.positions, w.inv_freq, n)
     for layer, kv in zip(w.layers, cache, strict=True):
         ops.rms_norm_linear(ws.qkv, ws.x, layer.attention_norm, layer.qkv, n, eps)
-        ops.qk_norm_rope_store(ws.qkv, kv, batch, ws.rope, layer.q_norm, layer.k_norm, h, 0, eps)
-        ops.paged_attention(ws.attention, ws.qkv, kv, batch, h, scale)
+        ops.rope_attention(ws.attention, ws.qkv, kv, batch, ws.rope, layer.q_norm, layer.k_norm, h, 0, scale, eps)
         ops.linear_add(ws.x, ws.attention, layer.o, n)
         ops.rms_norm_gate_up_silu(ws.mlp, ws.x, layer.mlp_norm, layer.gate_up, n, eps)
         ops.linear_add(ws.x, ws.mlp, layer.down, n)

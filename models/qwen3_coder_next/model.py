@@ -134,8 +134,7 @@ def recur(c: Config, w: DeltaNet, s: Workspace, batch: Batch, states: States) ->
 def attend(c: Config, w: Attention, s: Workspace, batch: Batch, kv: KV) -> None:
     h = c.num_attention_heads
     ops.rms_norm_linear(s.qkvg, s.x, w.norm, w.qkvg, batch.n, c.rms_norm_eps)
-    ops.qk_norm_rope_store(s.qkvg, kv, batch, s.table, w.q_norm, w.k_norm, h, pairs=0, eps=c.rms_norm_eps, gated=True)
-    ops.paged_attention(s.attended, s.qkvg, kv, batch, h, c.head_dim ** -0.5, gated=True)
+    ops.rope_attention(s.attended, s.qkvg, kv, batch, s.table, w.q_norm, w.k_norm, h, pairs=0, scale=c.head_dim ** -0.5, eps=c.rms_norm_eps, gated=True)
     ops.linear_add(s.x, s.attended, w.out, batch.n)
 
 

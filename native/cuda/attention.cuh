@@ -1,7 +1,7 @@
 /* What the attention files share. */
 #pragma once
 
-#include "device.cuh"
+#include "rope.cuh"
 
 enum { SPAN_LEAST = 64 };
 
@@ -24,6 +24,6 @@ int attend_prompt(tops_stream *stream, __nv_bfloat16 *out, const __nv_bfloat16 *
 /* out [n, h, p] from the partial results of its spans: [n, h, splits, p] unnormalised, and their maxima and sums (0: an empty span) */
 template <typename T> int merge(tops_stream *stream, T *out, const T *qkv, const float *partial, const float *maxima, const float *sums, int64_t n, SpanShape s);
 
-/* Few rows over 16-bit caches, merged in the same launch. */
-bool decode_supports(const tops_kv *kv, int64_t n, const SpanShape &s);
-int attend_decode(tops_stream *stream, void *out, const void *qkv, const tops_kv *kv, const tops_batch *batch, SpanShape s, int dtype);
+/* At most 16 rows over bf16 caches, merged in the same launch; with `rope`, queries, keys and values are as a product left them */
+bool decode_supports(const tops_kv *kv, int64_t n, const SpanShape &s, int dtype);
+int attend_decode(tops_stream *stream, void *out, const void *qkv, const tops_kv *kv, const tops_batch *batch, SpanShape s, const Rope *rope);

@@ -1,7 +1,6 @@
 /* Products of up to 16 rows of activations: memory-bound, so each weight is read once, in 16-byte pieces, by one warp for each row of
  * the matrix. The first pieces are requested before the kernel waits for its predecessor: weights never change. */
 #include "linear.cuh"
-#include "mma.cuh"
 
 enum { WARPS = 8 };
 
@@ -307,73 +306,6 @@ template <int D, int T, int R, bool INTEGERS> __global__ void __launch_bounds__(
         else { constexpr int T = 16; __VA_ARGS__; } \
     } while (0)
 
-/* ---- bf16 for 2 to 16 rows of activations: tensor cores fed straight from memory ----
- *
- * A block takes 16 rows of the matrix (8 of gate and 8 of up), its warps a share of the columns each. A lane loads 8 neighbouring
- * weights of one row and the same columns of two rows of activations; the product sums over columns in any order, so what lies side
- * by side in memory can stand where mma wants it, and nothing goes through shared memory but the warps' sums. */
-__global__ void __launch_bounds__(WARPS * 32) few_rows(Product p, const __nv_bfloat16 *x) {
-    constexpr int AHEAD = 4;
-    __shared__ float sums[WARPS][2][32][4];
-    launch_dependents();
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const bool pair = p.mode == GATE_UP;
-    const int64_t chunks = p.cols / 32, share = (chunks + WARPS - 1) / WARPS, from = warp * share, until = min(chunks, from + share);
-    const uint4 *weights[2];
-    bool there[2];
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        int64_t row = blockIdx.x * (pair ? (int64_t)8 : (int64_t)16) + lane / 4 + (pair ? 0 : 8 * r), local = row;
-        int part = r;
-        there[r] = row < (pair ? p.parts[0].rows : p.rows);
-        if (!pair) find_part(p, local, part);
-        weights[r] = reinterpret_cast<const uint4 *>(p.parts[part].low) + (there[r] ? local * (p.cols / 8) : 0) + lane % 4;
-    }
-    uint4 raw[AHEAD][2];
-    auto request = [&](int a, int64_t c) {
-#pragma unroll
-        for (int r = 0; r < 2; r++) raw[a][r] = there[r] && c < until ? __ldcs(weights[r] + 4 * c) : make_uint4(0, 0, 0, 0);
-    };
-#pragma unroll
-    for (int a = 0; a < AHEAD; a++) request(a, from + a);
-    wait_for_inputs();
-    const int t0 = lane / 4, t1 = t0 + 8;
-    const uint4 *first = reinterpret_cast<const uint4 *>(x + min((int64_t)t0, p.n - 1) * p.cols) + lane % 4;
-    const uint4 *second = reinterpret_cast<const uint4 *>(x + min((int64_t)t1, p.n - 1) * p.cols) + lane % 4;
-    float sum[2][4] = {};
-    for (int64_t base = from; base < until; base += AHEAD) {
-#pragma unroll
-        for (int a = 0; a < AHEAD; a++) {
-            if (base + a >= until) break;
-            uint4 upper = first[4 * (base + a)], lower = second[4 * (base + a)];
-            const uint32_t left[2][4] = {{upper.x, lower.x, upper.y, lower.y}, {upper.z, lower.z, upper.w, lower.w}};
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                const uint32_t right[4] = {raw[a][r].x, raw[a][r].y, raw[a][r].z, raw[a][r].w};
-                mma(sum[r], left[0], right);
-                mma(sum[r], left[1], right + 2);
-            }
-            request(a, base + a + AHEAD);
-        }
-    }
-#pragma unroll
-    for (int r = 0; r < 2; r++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) sums[warp][r][lane][e] = sum[r][e];
-    __syncthreads();
-    /* Element e of a sum: token lane / 4 + 8 (e / 2), row of the matrix lane % 4 * 2 + e % 2. */
-    for (int i = threadIdx.x; i < (pair ? 128 : 256); i += WARPS * 32) {
-        const int r = i / 128, from_lane = i % 128 / 4, e = i % 4, t = from_lane / 4 + e / 2 * 8, row = from_lane % 4 * 2 + e % 2;
-        float total = 0, up = 0;
-        for (int w = 0; w < WARPS; w++) {
-            total += sums[w][r][from_lane][e];
-            if (pair) up += sums[w][1][from_lane][e];
-        }
-        int64_t place = blockIdx.x * (pair ? (int64_t)8 : (int64_t)16) + row + 8 * r;
-        if (t < p.n && place < (pair ? p.parts[0].rows : p.rows)) finish(p, place, t, total, up);
-    }
-}
-
 int gemv(tops_stream *stream, const Product &product, const Inputs &x, int dtype) {
     const bool pair = product.mode == GATE_UP;
     const int64_t rows = pair ? product.parts[0].rows : product.rows, needed = ceil_div(rows, WARPS);
@@ -384,9 +316,6 @@ int gemv(tops_stream *stream, const Product &product, const Inputs &x, int dtype
         BY_FLOAT(dtype, status = launch(stream, plain_gemv<D>, dim3((unsigned)needed, (unsigned)product.n), block, 0, 1, product, x))
         return status;
     }
-    /* Rows of the output are the rows of the parts one after the other, from row 0 on. */
-    if (dtype == TOPS_BF16 && x.bf16 && product.n > 1 && product.cols % 32 == 0 && product.first_row[0] == 0)
-        return launch(stream, few_rows, dim3((unsigned)ceil_div(rows, pair ? 8 : 16)), block, 0, 1, product, x.bf16);
     /* Every warp gets the same number of rows, and two blocks stand on a processor at once: the next kernel's find room beside them
      * and request their first weights while these still run. */
     const int64_t rounds = ceil_div(needed, 132 * 2);

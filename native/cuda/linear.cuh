@@ -22,16 +22,17 @@ struct Product {
     void *out;
     bool out_f32;
     int mode;
-    /* What the streaming kernels read instead of Inputs: rows as the op got them. */
+    /* What the streaming kernels read instead of Inputs: bf16 rows as the op got them. */
     const void *x;
     const float *norm;          /* null: not normed */
     float eps;
-    bool x_f32, round;          /* storage of x; to bf16 before the product */
 };
 
-/* Up to four rows, `done` of them in this call (gemv_stream.cuh) */
-int gemv_stream_floats(tops_stream *stream, const Product &product, int dtype, int64_t &done);
-int gemv_stream_integers(tops_stream *stream, const Product &product, int dtype, int64_t &done);
+/* At most 16 rows of bf16 (gemv_stream.cuh); `kept`, or null: rows in bf16 that follow quantised or fp8 ones */
+int gemv_stream_floats(tops_stream *stream, const Product &product, const Product *kept, int dtype);
+int gemv_stream_small(tops_stream *stream, const Product &product, const Product *kept, int dtype);
+int gemv_stream_wide(tops_stream *stream, const Product &product, const Product *kept, int dtype);
+/* The same for everything else, from prepared rows */
 int gemv(tops_stream *stream, const Product &product, const Inputs &x, int dtype);
 /* out [n, rows] (+)= x [n, cols] w [rows, cols]^T on tensor cores; cols a multiple of 8 */
 int gemm(tops_stream *stream, void *out, int64_t out_cols, bool out_f32, bool add, const __nv_bfloat16 *x, const __nv_bfloat16 *w, int64_t n,

@@ -19,7 +19,7 @@ static __device__ inline uint32_t pair_of(float low, float high) {
 template <tile_kind KIND> struct tile {
     static constexpr int words = tile_bytes(KIND) / 512, groups = has_scales(KIND) ? TILE_COLS / group_cols(KIND) : 1;
     uint4 codes[words];
-    half2 scales[groups][has_minimum(KIND) ? 2 : 1];     /* by group: of both rows, or (scale, minimum) of each row */
+    __align__(16) half2 scales[groups][has_minimum(KIND) ? 2 : 1];     /* by group: of both rows, or (scale, minimum) of each row */
     float block_scale;                                   /* fp8 */
 
     __device__ float scale(int g, int row) const {
@@ -39,14 +39,13 @@ template <tile_kind KIND> struct tile {
             block_scale = *blocks;
         }
         if (!has_scales(KIND)) return;
+        /* As they lie in memory: nothing waits for them before they are used. */
+        constexpr int BYTES = sizeof scales;
+        const char *own = m.scales + (index * 8 + lane / 4) * BYTES;
+        if constexpr (BYTES == 8) *(uint2 *)scales = __ldg((const uint2 *)own);
+        else
 #pragma unroll
-        for (int g = 0; g < groups; g++) {
-            int64_t place = (index * groups + g) * TILE_ROWS + lane / 4;
-            if (has_minimum(KIND))
-                for (int h = 0; h < 2; h++) scales[g][has_minimum(KIND) ? h : 0] = __ldg((const half2 *)m.scales + place + h * 8);
-            else
-                scales[g][0] = __halves2half2(__ldg((const half *)m.scales + place), __ldg((const half *)m.scales + place + 8));
-        }
+            for (int i = 0; i < BYTES / 16; i++) ((uint4 *)scales)[i] = __ldg((const uint4 *)own + i);
     }
 
     /* Registers of step s (16 columns): the codes as numbers, without their scale */

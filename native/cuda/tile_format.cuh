@@ -4,7 +4,7 @@
  *   4 bits   512 bytes: uint4 [lane], word s; register i in bits 4 i and 16 + 4 i
  *   8 bits  1024 bytes: uint4 [s / 2][lane], words 2 (s % 2) + {0, 1}; bytes {register 0 low, high, register 1 low, high}, {2, 3}
  *   bf16    2048 bytes: uint4 [s][lane], word i
- * Behind all tiles come the scales, by tile [group of columns][row]: f16, or f16 pairs (scale, minimum): value = scale code + minimum.
+ * Behind all tiles come the scales, by tile [row % 8][group of columns][row / 8]: f16, or f16 pairs (scale, minimum): value = scale code + minimum.
  *   Q4_0, Q8_0             groups of 32, scale
  *   Q4_1, Q4_K             4 bits, groups of 32, scale and minimum
  *   Q5_0, Q5_1, Q5_K, Q6_K 8 bits, groups of 16, scale and minimum
@@ -43,6 +43,9 @@ __host__ __device__ constexpr int group_cols(tile_kind kind) { return kind == TI
 __host__ __device__ constexpr int tile_scale_bytes(tile_kind kind) {
     return has_scales(kind) ? TILE_COLS / group_cols(kind) * TILE_ROWS * (has_minimum(kind) ? 4 : 2) : 0;
 }
+
+/* Where the scale (or pair) of a row of a tile lies, in scales (or pairs): what a lane needs of a tile lies side by side. */
+__host__ __device__ inline int64_t scale_place(int64_t tile, int groups, int group, int row) { return ((tile * 8 + row % 8) * groups + group) * 2 + row / 8; }
 
 /* One matrix as kernels see it. */
 struct matrix {
@@ -88,7 +91,7 @@ __device__ inline float value_at(const matrix &m, int row, int col) {
         code = ((const uint8_t *)at)[(s / 2 * 32 + lane) * 16 + s % 2 * 8 + i * 2 + high];
     if (m.kind == TILES_FP8) return fp8_value((uint8_t)code) * ((const float *)m.scales)[row / 128 * ((m.cols + 127) / 128) + col / 128];
     code -= m.kind == TILES_4 ? 8 : m.kind == TILES_4_MIN ? 0 : 128;
-    int64_t place = (tile * (TILE_COLS / group_cols(m.kind)) + c / group_cols(m.kind)) * TILE_ROWS + r;
+    int64_t place = scale_place(tile, TILE_COLS / group_cols(m.kind), c / group_cols(m.kind), r);
     const half *scales = (const half *)m.scales;
     if (has_minimum(m.kind)) return __half2float(scales[2 * place]) * code + __half2float(scales[2 * place + 1]);
     return __half2float(scales[place]) * code;

@@ -196,6 +196,10 @@ int tops_qk_norm_rope_store(tops_stream *stream, void *qkv, const tops_kv *kv, c
 /* out [n, h p] = softmax(scale q k^T) v, causal, query head j reads key-value head j / (h / g); q as qkv rows left by the op above */
 int tops_paged_attention(tops_stream *stream, void *out, const void *qkv, const tops_kv *kv, const tops_batch *batch,
                          int64_t h, int64_t g, int64_t p, float scale, int32_t gated, int32_t dtype);
+/* The two above, one after the other; a GPU decodes with them in one launch. Where q is left is not said: qkv may change. */
+int tops_rope_attention(tops_stream *stream, void *out, void *qkv, const tops_kv *kv, const tops_batch *batch, const float *table,
+                        const float *q_norm, const float *k_norm, int64_t h, int64_t g, int64_t p, int64_t r,
+                        int32_t pairs, int32_t gated, float scale, float eps, int32_t dtype);
 
 /* ---- recurrent layers: the gated delta rule ----------------------------------------------------------------------------- */
 /* For each row of x = [q of hk heads | k of hk heads | v of hv heads | z of hv heads | b [hv] | a [hv]]:

@@ -120,3 +120,10 @@ int tops_paged_attention(tops_stream *stream, void *out, const void *qkv, const 
     else tops_team_run(stream->team, count, merge_run, &job);
     return TOPS_OK;
 }
+
+int tops_rope_attention(tops_stream *stream, void *out, void *qkv, const tops_kv *kv, const tops_batch *batch, const float *table,
+                        const float *q_norm, const float *k_norm, int64_t h, int64_t g, int64_t p, int64_t r,
+                        int32_t pairs, int32_t gated, float scale, float eps, int32_t dtype) {
+    int status = tops_qk_norm_rope_store(stream, qkv, kv, batch, table, q_norm, k_norm, h, g, p, r, pairs, gated, eps, dtype);
+    return status ? status : tops_paged_attention(stream, out, qkv, kv, batch, h, g, p, scale, gated, dtype);
+}

@@ -132,14 +132,17 @@ __global__ void merge_spans(T *out, const T *qkv, const float *partial, const fl
     if (threadIdx.x < 32) {   /* a lane for each split: at most 32 */
         const int i = threadIdx.x;
         float sum = i < s.splits ? sums[first + i] : 0.0f, maximum = sum > 0 ? maxima[first + i] : -INFINITY;
-        float share = sum > 0 ? __expf(maximum - warp_max(maximum)) : (warp_max(maximum), 0.0f);
+        const float most = warp_max(maximum), share = sum > 0 ? __expf(maximum - most) : 0.0f;
         shares[i] = share / warp_sum(share * sum);
     }
     __syncthreads();
     for (int c = threadIdx.x; c < s.p; c += blockDim.x) {
         float value = 0;
-        for (int i = 0; i < s.splits; i++)
-            if (shares[i] > 0) value += partial[(first + i) * s.p + c] * shares[i];
+#pragma unroll 8
+        for (int i = 0; i < s.splits; i++) {   /* an empty span left nothing, but what lies there may be read */
+            const float part = __ldcg(partial + (first + i) * s.p + c);
+            value += shares[i] > 0 ? part * shares[i] : 0.0f;
+        }
         if (s.gated) value *= sigmoid(to_float(qkv[t * s.row_cols + (int64_t)(s.h + 2 * s.g + head) * s.p + c]));
         out[(t * s.h + head) * s.p + c] = from_float<T>(value);
     }
@@ -177,21 +180,25 @@ template <typename T> int merge(tops_stream *stream, T *out, const T *qkv, const
 }
 template int merge<__nv_bfloat16>(tops_stream *, __nv_bfloat16 *, const __nv_bfloat16 *, const float *, const float *, const float *, int64_t, SpanShape);
 
-int tops_paged_attention(tops_stream *stream, void *out, const void *qkv, const tops_kv *kv, const tops_batch *batch,
-                         int64_t h, int64_t g, int64_t p, float scale, int32_t gated, int32_t dtype) {
-    int64_t n = batch->n;
+static int check(SpanShape &s, const tops_kv *kv, const tops_batch *batch, int64_t h, int64_t g, int64_t p, float scale, int32_t gated) {
     REQUIRE(g >= 1 && h % g == 0, "h: must be a multiple of g = %lld, not %lld", (long long)g, (long long)h);
     REQUIRE(p >= 1 && p <= 256, "p: must be in 1..256, not %lld", (long long)p);
     REQUIRE_SUPPORTED(kv->dtype == TOPS_F32 || kv->dtype == TOPS_F16 || kv->dtype == TOPS_BF16, "kv: must be f32, f16 or bf16, not %d", kv->dtype);
-    REQUIRE(n < 65536 && g < 65536, "n, g: at most 65535, not %lld, %lld", (long long)n, (long long)g);
-    if (n == 0) return TOPS_OK;
-    int64_t longest = batch->max_pages * kv->page_size;
-    SpanShape s{(int)h, (int)g, (int)p, (int)kv->page_size, __builtin_ctz((unsigned)kv->page_size | 1u << 30), 1, (int)(h / g), ((gated ? 2 * h : h) + 2 * g) * p, batch->max_pages, scale, gated != 0};
+    REQUIRE(batch->n < 65536 && g < 65536, "n, g: at most 65535, not %lld, %lld", (long long)batch->n, (long long)g);
+    s = SpanShape{(int)h, (int)g, (int)p, (int)kv->page_size, __builtin_ctz((unsigned)kv->page_size | 1u << 30), 1, (int)(h / g), ((gated ? 2 * h : h) + 2 * g) * p, batch->max_pages, scale, gated != 0};
+    return TOPS_OK;
+}
+
+int tops_paged_attention(tops_stream *stream, void *out, const void *qkv, const tops_kv *kv, const tops_batch *batch,
+                         int64_t h, int64_t g, int64_t p, float scale, int32_t gated, int32_t dtype) {
+    const int64_t n = batch->n;
+    SpanShape s;
+    int status = check(s, kv, batch, h, g, p, scale, gated);
+    if (status || n == 0) return status;
     if (dtype == TOPS_BF16 && kv->dtype == TOPS_BF16 && batch->b < n && prefill_supports((int)p, (int)kv->page_size))
         return attend_prompt(stream, static_cast<__nv_bfloat16 *>(out), static_cast<const __nv_bfloat16 *>(qkv), kv, batch, s);
-    if (decode_supports(kv, n, s)) return attend_decode(stream, out, qkv, kv, batch, s, dtype);
-    if (n <= 64) s.splits = (int)min(ceil_div(longest, SPAN_LEAST), (int64_t)SPLITS_MOST);
-    int status = TOPS_OK;
+    if (decode_supports(kv, n, s, dtype)) return attend_decode(stream, out, qkv, kv, batch, s, nullptr);
+    if (n <= 64) s.splits = (int)min(ceil_div(batch->max_pages * kv->page_size, SPAN_LEAST), (int64_t)SPLITS_MOST);
     BY_STORAGE(dtype, {
         const T *in = static_cast<const T *>(qkv);
         T *to = static_cast<T *>(out);
@@ -200,4 +207,18 @@ int tops_paged_attention(tops_stream *stream, void *out, const void *qkv, const 
         else status = attend_few<T, __nv_bfloat16>(stream, to, in, kv, batch, s);
     });
     return status;
+}
+
+int tops_rope_attention(tops_stream *stream, void *out, void *qkv, const tops_kv *kv, const tops_batch *batch, const float *table,
+                        const float *q_norm, const float *k_norm, int64_t h, int64_t g, int64_t p, int64_t r,
+                        int32_t pairs, int32_t gated, float scale, float eps, int32_t dtype) {
+    SpanShape s;
+    int status = check(s, kv, batch, h, g, p, scale, gated);
+    if (status || batch->n == 0) return status;
+    if (batch->b == batch->n && halves_supported(p, r, pairs) && decode_supports(kv, batch->n, s, dtype)) {
+        const Rope rope{table, q_norm, k_norm, (int)r, eps};
+        return attend_decode(stream, out, qkv, kv, batch, s, &rope);
+    }
+    status = tops_qk_norm_rope_store(stream, qkv, kv, batch, table, q_norm, k_norm, h, g, p, r, pairs, gated, eps, dtype);
+    return status ? status : tops_paged_attention(stream, out, qkv, kv, batch, h, g, p, scale, gated, dtype);
 }

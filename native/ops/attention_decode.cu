@@ -1,223 +1,300 @@
-/* Attention of a few rows over 16-bit caches: a block takes a span of positions for all query heads that share a key-value head, so keys
- * and values are read once, in 16-byte pieces that are all requested together; the last block of a row merges the spans' softmaxes. */
+/* Attention of a few rows over bf16 caches on tensor cores: a block takes a span of positions for all query heads that share a key-value
+ * head, a warp 16 positions at a time; the last block of a row merges the spans' softmaxes. Keys and values of earlier steps are on their
+ * way before the kernel waits for its predecessor. If it is also to norm, rotate and store (FUSED), what this step adds is
+ * computed by every block that needs it: less work than another launch. */
 #include "../cuda/attention.cuh"
+#include "../cuda/mma.cuh"
+#include "../cuda/storage.cuh"
 
 namespace {
-constexpr int WARPS = 4, THREADS = WARPS * 32, SPLITS_MOST = 32, COUNTERS = 4096;
+constexpr int WARPS = 8, THREADS = WARPS * 32, TILE = WARPS * 16, SPLITS_MOST = 32, COUNTERS = 4096, HEADS = 8, ROWS = 16;
 
-template <typename C> __device__ inline void eight_floats(uint4 raw, float (&out)[8]) {
-    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        float2 pair = sizeof(C) == sizeof(__half) && !__is_same(C, __nv_bfloat16)
-                          ? __half22float2(*reinterpret_cast<const __half2 *>(&words[i]))
-                          : make_float2(__uint_as_float(words[i] << 16), __uint_as_float(words[i] & 0xffff0000u));
-        out[2 * i] = pair.x;
-        out[2 * i + 1] = pair.y;
-    }
+template <int P> constexpr int PITCH = P + 8;          /* of rows in shared memory, against bank conflicts */
+template <int P> constexpr int RESULT_PITCH = P + 4;
+template <int P> constexpr int shared_bytes() { return (HEADS + 2 * ROWS + TILE) * PITCH<P> * (int)sizeof(bf16); }
+
+__device__ inline uint32_t pair(float low, float high) {
+    __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<uint32_t *>(&both);
 }
 
-/* P values of a head, H query heads at most for a key-value head. LANES lanes share a position, so a warp takes PER positions at once. */
-template <typename T, typename C, int P, int H>
-__global__ void __launch_bounds__(THREADS) attend_heads(T *out, float *partial, float2 *softmax, unsigned *counters, const T *qkv, const C *cache_k,
-                                                        const C *cache_v, const int32_t *positions, const int32_t *sequences,
-                                                        const int32_t *page_table, const int32_t *query_starts, SpanShape s) {
-    constexpr int LANES = P / 8, PER = 32 / LANES, STEPS = H > 4 ? 4 : 8, TILE = WARPS * STEPS * PER;
-    __shared__ float merged[WARPS][H][P];
-    __shared__ float2 warp_softmax[WARPS][H];
+template <int P, bool FUSED>
+__global__ void __launch_bounds__(THREADS, P == 256 ? 1 : 2) attend_few(bf16 *out, float *partial, float2 *softmax, unsigned *counters, const bf16 *qkv, bf16 *cache_k, bf16 *cache_v,
+                                                      const __grid_constant__ tops_batch batch, const __grid_constant__ SpanShape s, const __grid_constant__ Rope rope) {
+    constexpr int CHUNKS = P / 32, EACH = P / 32, WIDE = PITCH<P>;
+    extern __shared__ __align__(16) unsigned char memory[];
+    bf16 *queries = reinterpret_cast<bf16 *>(memory);   /* [HEADS][WIDE] */
+    bf16 *fresh_keys = queries + HEADS * WIDE;          /* [ROWS][WIDE] from position `fresh` on */
+    bf16 *fresh_values = fresh_keys + ROWS * WIDE;      /* the same */
+    bf16 *values = fresh_values + ROWS * WIDE;          /* [TILE][WIDE]; at the end the warps' results, f32 [WARPS][heads][RESULT_PITCH] */
+    __shared__ float2 warp_softmax[WARPS][HEADS];
+    __shared__ float weights[HEADS][SPLITS_MOST];
     __shared__ bool last;
     launch_dependents();
-    const int split = blockIdx.x, kv_head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32, sub = lane / LANES, dim = lane % LANES * 8;
+    const int split = blockIdx.x, kv_head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32, row8 = lane / 4, quad = lane % 4;
     const int64_t t = blockIdx.z;
-    const int length = positions[t] + 1, sequence = sequences[t], fresh = positions[query_starts[sequence]];
+    const int length = batch.positions[t] + 1, sequence = batch.sequences[t], first_row = batch.query_starts[sequence], fresh = batch.positions[first_row];
     /* Spans are whole tiles; short texts use few of the splits, which are fixed by the page table's width. */
     const int span = ((length + s.splits - 1) / s.splits + TILE - 1) / TILE * TILE, used = (length + span - 1) / span;
     const int from = split * span, until = min(length, from + span);
     if (from >= until) return;
-    const int32_t *pages = page_table + sequence * s.max_pages;
-    uint4 key[STEPS], value[STEPS];
-    auto place = [&](int tile, int k) {
-        const int position = min(tile + (warp * STEPS + k) * PER + sub, until - 1);
-        return (((int64_t)pages[position >> s.page_shift] * s.g + kv_head) * s.page_size + (position & (s.page_size - 1))) * P + dim;
+    const int32_t *pages = batch.page_table + sequence * batch.max_pages;
+    auto place = [&](int position) { return (((int64_t)pages[position >> s.page_shift] * s.g + kv_head) * s.page_size + (position & (s.page_size - 1))) * P; };
+    /* Lane (row8, quad) holds columns 32 c + 8 quad .. + 7 of the keys 8 j + row8: their order in a product's sum is free. */
+    uint4 key[2][CHUNKS];
+    auto load_keys = [&](int tile, int begin, int end) {
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const int position = tile + warp * 16 + 8 * j + row8;
+            if (position < begin || position >= end) continue;
+            const bf16 *at = cache_k + place(position) + quad * 8;
+#pragma unroll
+            for (int c = 0; c < CHUNKS; c++) key[j][c] = __ldcg(reinterpret_cast<const uint4 *>(at + 32 * c));
+        }
     };
-    auto load = [&](const C *cache, int64_t at) { return __ldcg(reinterpret_cast<const uint4 *>(cache + at)); };
+    auto load_values = [&](int tile, bool old) {   /* of earlier steps with zeros behind them, or those of this step */
+#pragma unroll
+        for (int i = lane; i < 16 * P / 8; i += 32) {
+            const int row = warp * 16 + i / (P / 8), piece = i % (P / 8) * 8, position = tile + row;
+            const bool there = position < until, of_step = there && position >= fresh;
+            if (old != of_step) copy_async(values + row * WIDE + piece, there ? cache_v + place(position) + piece : cache_v, there);
+        }
+    };
     /* What earlier steps stored is older than this one and need not be waited for. */
-    auto old = [&](int k) { return min(from + (warp * STEPS + k) * PER + sub, until - 1) < fresh; };
-#pragma unroll
-    for (int k = 0; k < STEPS; k++)
-        if (old(k)) {
-            const int64_t at = place(from, k);
-            key[k] = load(cache_k, at);
-            value[k] = load(cache_v, at);
-        }
+    load_keys(from, 0, min(fresh, until));
+    load_values(from, true);
+    float q_weight[EACH], k_weight[EACH];
+    if constexpr (FUSED) {
+        for (int i = s.heads * WIDE + threadIdx.x; i < HEADS * WIDE; i += THREADS) queries[i] = __float2bfloat16(0.0f);
+        load_norm(q_weight, rope.q_norm, lane);
+        load_norm(k_weight, rope.k_norm, lane);
+    }
     wait_for_inputs();
+    const int new_from = max(from, fresh);
+    if constexpr (FUSED) {
+        /* A warp takes a query head, or a key of this step in the span. */
+        for (int item = warp; item < s.heads + max(until - new_from, 0); item += WARPS) {
+            const bool is_key = item >= s.heads;
+            const int position = new_from + item - s.heads;
+            const int64_t row = is_key ? first_row + position - fresh : t;
+            const bf16 *x = qkv + row * s.row_cols + (int64_t)(is_key ? s.h + kv_head : kv_head * s.heads + item) * P;
+            float head[EACH];
 #pragma unroll
-    for (int k = 0; k < STEPS; k++)
-        if (!old(k)) {
-            const int64_t at = place(from, k);
-            key[k] = load(cache_k, at);
-            value[k] = load(cache_v, at);
+            for (int i = 0; i < EACH; i++) head[i] = to_float(x[lane + 32 * i]);
+            const float2 *turns = reinterpret_cast<const float2 *>(rope.table + row * rope.r);
+            if (is_key) norm_rotate(head, k_weight, rope.k_norm != nullptr, turns, rope.r, rope.eps, lane);
+            else norm_rotate(head, q_weight, rope.q_norm != nullptr, turns, rope.r, rope.eps, lane);
+            bf16 *to = is_key ? fresh_keys + (position - fresh) * WIDE : queries + item * WIDE;
+#pragma unroll
+            for (int i = 0; i < EACH; i++) to[lane + 32 * i] = __float2bfloat16(head[i]);
+            if (!is_key) continue;
+            const int64_t slot = batch.slots[row], at = ((slot / s.page_size * s.g + kv_head) * s.page_size + slot % s.page_size) * P;
+#pragma unroll
+            for (int i = 0; i < EACH; i++) {
+                const bf16 v = x[(int64_t)s.g * P + lane + 32 * i];
+                fresh_values[(position - fresh) * WIDE + lane + 32 * i] = v;
+                if (position != length - 1) continue;   /* its own block stores it */
+                cache_k[at + lane + 32 * i] = __float2bfloat16(head[i]);
+                cache_v[at + lane + 32 * i] = v;
+            }
         }
-    float q[H][8], sum[H][8] = {}, highest[H], total[H] = {};
+    } else {
+        for (int i = threadIdx.x; i < HEADS * P / 8; i += THREADS) {
+            const int head = i / (P / 8), piece = i % (P / 8) * 8;
+            const bf16 *x = qkv + t * s.row_cols + (int64_t)(kv_head * s.heads + head) * P + piece;
+            *reinterpret_cast<uint4 *>(queries + head * WIDE + piece) = head < s.heads ? __ldcg(reinterpret_cast<const uint4 *>(x)) : make_uint4(0, 0, 0, 0);
+        }
+    }
+    auto take_fresh = [&](int tile) {   /* keys and values of this step */
+        if (tile + TILE <= fresh || until <= fresh) return;
+        if constexpr (FUSED) {
 #pragma unroll
-    for (int j = 0; j < H; j++) {
-        highest[j] = -INFINITY;
-        const T *from_q = qkv + t * s.row_cols + (int64_t)(kv_head * s.heads + min(j, s.heads - 1)) * P + dim;
-        if constexpr (sizeof(T) == 2) {
-            eight_floats<T>(__ldcg(reinterpret_cast<const uint4 *>(from_q)), q[j]);
+            for (int j = 0; j < 2; j++) {
+                const int position = tile + warp * 16 + 8 * j + row8;
+                if (position < fresh || position >= until) continue;
+#pragma unroll
+                for (int c = 0; c < CHUNKS; c++) key[j][c] = *reinterpret_cast<const uint4 *>(fresh_keys + (position - fresh) * WIDE + 32 * c + 8 * quad);
+            }
+            const int row0 = tile + warp * 16;
+            for (int position = max(row0, fresh); position < min(row0 + 16, until); position++)
+                if (lane < P / 8)
+                    *reinterpret_cast<uint4 *>(values + (position - tile) * WIDE + lane * 8) = *reinterpret_cast<const uint4 *>(fresh_values + (position - fresh) * WIDE + lane * 8);
         } else {
-#pragma unroll
-            for (int i = 0; i < 8; i++) q[j][i] = from_q[i];
+            load_keys(tile, fresh, until);
+            load_values(tile, false);
         }
-#pragma unroll
-        for (int i = 0; i < 8; i++) q[j][i] *= s.scale;
-    }
-    for (int tile = from; tile < until; tile += TILE) {
-        const int first = tile + warp * STEPS * PER + sub, next = tile + TILE;
-        float score[H][STEPS];
-#pragma unroll
-        for (int k = 0; k < STEPS; k++) {
-            float x[8];
-            eight_floats<C>(key[k], x);
-#pragma unroll
-            for (int j = 0; j < H; j++) {
-                float part = 0;
-#pragma unroll
-                for (int i = 0; i < 8; i++) part += q[j][i] * x[i];
-#pragma unroll
-                for (int step = LANES / 2; step; step /= 2) part += __shfl_xor_sync(0xffffffff, part, step);
-                score[j][k] = first + k * PER < until ? part : -INFINITY;
-            }
-        }
-        if (next < until)
-#pragma unroll
-            for (int k = 0; k < STEPS; k++) key[k] = load(cache_k, place(next, k));
-#pragma unroll
-        for (int j = 0; j < H; j++) {
-            float most = highest[j];
-#pragma unroll
-            for (int k = 0; k < STEPS; k++) most = fmaxf(most, score[j][k]);
-#pragma unroll
-            for (int step = LANES; step < 32; step *= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, step));
-            const float shrink = most == -INFINITY ? 1.0f : __expf(highest[j] - most);
-            total[j] *= shrink;
-#pragma unroll
-            for (int i = 0; i < 8; i++) sum[j][i] *= shrink;
-#pragma unroll
-            for (int k = 0; k < STEPS; k++) {
-                score[j][k] = most == -INFINITY ? 0.0f : __expf(score[j][k] - most);
-                total[j] += score[j][k];
-            }
-            highest[j] = most;
-        }
-#pragma unroll
-        for (int k = 0; k < STEPS; k++) {
-            float x[8];
-            eight_floats<C>(value[k], x);
-#pragma unroll
-            for (int j = 0; j < H; j++)
-#pragma unroll
-                for (int i = 0; i < 8; i++) sum[j][i] += score[j][k] * x[i];
-        }
-        if (next < until)
-#pragma unroll
-            for (int k = 0; k < STEPS; k++) value[k] = load(cache_v, place(next, k));
-    }
-#pragma unroll
-    for (int j = 0; j < H; j++) {
-#pragma unroll
-        for (int step = LANES; step < 32; step *= 2) {
-            total[j] += __shfl_xor_sync(0xffffffff, total[j], step);
-#pragma unroll
-            for (int i = 0; i < 8; i++) sum[j][i] += __shfl_xor_sync(0xffffffff, sum[j][i], step);
-        }
-        if (sub == 0) {
-            *reinterpret_cast<float4 *>(&merged[warp][j][dim]) = make_float4(sum[j][0], sum[j][1], sum[j][2], sum[j][3]);
-            *reinterpret_cast<float4 *>(&merged[warp][j][dim + 4]) = make_float4(sum[j][4], sum[j][5], sum[j][6], sum[j][7]);
-        }
-        if (lane == 0) warp_softmax[warp][j] = make_float2(highest[j], total[j]);
-    }
+    };
     __syncthreads();
-    auto finish = [&](int head, int c, float4 v, float over) {
-        const int64_t at = (t * s.h + kv_head * s.heads + head) * P + c;
-        const float x[4] = {v.x / over, v.y / over, v.z / over, v.w / over};
+    /* Queries as right operands: columns 2 h and 2 h + 1 are the first and third, second and fourth pairs of head h, of PASSES times four heads. */
+    constexpr int PASSES = HEADS / 4;
+    uint2 q[PASSES][CHUNKS];
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            float gate = s.gated ? sigmoid(to_float(qkv[t * s.row_cols + (int64_t)(s.h + 2 * s.g + kv_head * s.heads + head) * P + c + i])) : 1.0f;
-            out[at + i] = from_float<T>(x[i] * gate);
+    for (int pass = 0; pass < PASSES; pass++)
+#pragma unroll
+        for (int c = 0; c < CHUNKS; c++) {
+            const uint32_t *pairs = reinterpret_cast<const uint32_t *>(queries + (4 * pass + row8 / 2) * WIDE + 32 * c + 8 * quad) + row8 % 2;
+            q[pass][c] = make_uint2(pairs[0], pairs[2]);
         }
+    float sum[P / 16][4] = {}, highest = -INFINITY, total = 0;   /* element e of sum d: column 16 d + row8 + 8 (e / 2) of head 2 quad + e % 2 */
+    for (int tile = from; tile < until; tile += TILE) {
+        take_fresh(tile);
+        copy_commit();
+        /* Lane (row8, quad) gets position 8 j + row8 of head 4 pass + quad, and wants positions 8 j + 2 quad + e of head row8. */
+        float score[2][2], most = highest;
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            float found[PASSES];
+#pragma unroll
+            for (int pass = 0; pass < PASSES; pass++) {
+                found[pass] = 0;
+                if (4 * pass >= s.heads) break;
+                float part[2] = {};
+#pragma unroll
+                for (int c = 0; c < CHUNKS; c++) {
+                    const uint32_t left[4] = {key[j][c].x, key[j][c].y, key[j][c].z, key[j][c].w};
+                    mma_diagonal(part[0], part[1], left, q[pass][c].x, q[pass][c].y);
+                }
+                found[pass] = part[0] + part[1];
+            }
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                float x = __shfl_sync(0xffffffff, found[0], (2 * quad + e) * 4 + row8 % 4);
+#pragma unroll
+                for (int pass = 1; pass < PASSES; pass++) {
+                    const float other = __shfl_sync(0xffffffff, found[pass], (2 * quad + e) * 4 + row8 % 4);
+                    x = row8 / 4 == pass ? other : x;
+                }
+                score[j][e] = tile + warp * 16 + 8 * j + 2 * quad + e < until ? x * s.scale : -INFINITY;
+                most = fmaxf(most, score[j][e]);
+            }
+        }
+        if (tile + TILE < until) load_keys(tile + TILE, 0, min(fresh, until));
+        most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 1));
+        most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 2));
+        const float shrink = most == -INFINITY ? 1.0f : __expf(highest - most);
+        total *= shrink;
+#pragma unroll
+        for (int j = 0; j < 2; j++)
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                score[j][e] = score[j][e] == -INFINITY ? 0.0f : __expf(score[j][e] - most);
+                total += score[j][e];
+            }
+        highest = most;
+        const uint32_t right[2] = {pair(score[0][0], score[0][1]), pair(score[1][0], score[1][1])};
+        if (tile != from) {
+            const float by[2] = {__shfl_sync(0xffffffff, shrink, 8 * quad), __shfl_sync(0xffffffff, shrink, 8 * quad + 4)};
+#pragma unroll
+            for (int d = 0; d < P / 16; d++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) sum[d][e] *= by[e % 2];
+        }
+        copy_wait<0>();
+        __syncwarp();
+#pragma unroll
+        for (int d = 0; d < P / 16; d++) {
+            uint32_t left[4];
+            load_a_transposed(left, values + warp * 16 * WIDE + 16 * d, WIDE, lane);
+            mma(sum[d], left, right);
+        }
+        __syncwarp();
+        if (tile + TILE < until) load_values(tile + TILE, true);
+    }
+    total += __shfl_xor_sync(0xffffffff, total, 1);
+    total += __shfl_xor_sync(0xffffffff, total, 2);
+    __syncthreads();   /* values are read */
+    float *merged = reinterpret_cast<float *>(values);
+#pragma unroll
+    for (int d = 0; d < P / 16; d++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            const int head = 2 * quad + e % 2;
+            if (head < s.heads) merged[(warp * s.heads + head) * RESULT_PITCH<P> + 16 * d + row8 + e / 2 * 8] = sum[d][e];
+        }
+    if (row8 < s.heads && quad == 0) warp_softmax[warp][row8] = make_float2(highest, total);
+    __syncthreads();
+    auto finish = [&](int head, int c, float4 v, float by) {
+        const int query_head = kv_head * s.heads + head;
+        float4 x = make_float4(v.x * by, v.y * by, v.z * by, v.w * by);
+        if (s.gated) {
+            const float4 gate = load4(qkv + t * s.row_cols + (int64_t)(s.h + 2 * s.g + query_head) * P + c);
+            x = make_float4(x.x * sigmoid(gate.x), x.y * sigmoid(gate.y), x.z * sigmoid(gate.z), x.w * sigmoid(gate.w));
+        }
+        store4(out + (t * s.h + query_head) * P + c, x);
     };
     const int64_t base = (t * s.g + kv_head) * s.splits;   /* [splits][heads] of this row and head */
     for (int index = threadIdx.x; index < s.heads * P / 4; index += THREADS) {
         const int head = index / (P / 4), c = index % (P / 4) * 4;
         float most = -INFINITY, over = 0;
+#pragma unroll
         for (int w = 0; w < WARPS; w++) most = fmaxf(most, warp_softmax[w][head].x);
         float4 v = make_float4(0, 0, 0, 0);
+#pragma unroll
         for (int w = 0; w < WARPS; w++) {
-            float weight = __expf(warp_softmax[w][head].x - most);
+            const float weight = __expf(warp_softmax[w][head].x - most);
             over += warp_softmax[w][head].y * weight;
-            add_scaled(v, weight, *reinterpret_cast<const float4 *>(&merged[w][head][c]));
+            add_scaled(v, weight, *reinterpret_cast<const float4 *>(merged + (w * s.heads + head) * RESULT_PITCH<P> + c));
         }
         if (used == 1) {
-            finish(head, c, v, over);
+            finish(head, c, v, 1.0f / over);
         } else {
-            reinterpret_cast<float4 *>(partial)[((base + split) * s.heads + head) * (P / 4) + c / 4] = v;
-            if (c == 0) softmax[(base + split) * s.heads + head] = make_float2(most, over);
+            __stcg(reinterpret_cast<float4 *>(partial) + ((base + split) * s.heads + head) * (P / 4) + c / 4, v);
+            if (c == 0) __stcg(softmax + (base + split) * s.heads + head, make_float2(most, over));
         }
     }
     if (used == 1) return;
-    __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) last = atomicInc(counters + t * s.g + kv_head, (unsigned)used - 1) == (unsigned)used - 1;   /* back to 0 by itself */
+    if (threadIdx.x == 0) {
+        __threadfence();   /* of what the whole block wrote: the barrier comes before it */
+        last = atomicInc(counters + t * s.g + kv_head, (unsigned)used - 1) == (unsigned)used - 1;   /* back to 0 by itself */
+        __threadfence();
+    }
     __syncthreads();
     if (!last) return;
-    __threadfence();
+    auto load_parts = [&](float4 (&part)[16], int i, int index) {   /* all requested together */
+        const int head = index / (P / 4), c = index % (P / 4);
+#pragma unroll
+        for (int k = 0; k < 16; k++)
+            part[k] = i + k < used ? __ldcg(reinterpret_cast<const float4 *>(partial) + ((base + i + k) * s.heads + head) * (P / 4) + c) : make_float4(0, 0, 0, 0);
+    };
+    float4 part[16];
+    load_parts(part, 0, min((int)threadIdx.x, s.heads * P / 4 - 1));
+    for (int head = warp; head < s.heads; head += WARPS) {   /* a lane takes a span */
+        const float2 one = lane < used ? __ldcg(softmax + (base + lane) * s.heads + head) : make_float2(-INFINITY, 0.0f);
+        const float weight = __expf(one.x - warp_max(one.x)), over = warp_sum(one.y * weight);
+        weights[head][lane] = weight / over;
+    }
+    __syncthreads();
     for (int index = threadIdx.x; index < s.heads * P / 4; index += THREADS) {
-        const int head = index / (P / 4), c = index % (P / 4) * 4;
-        float most = -INFINITY, over = 0;
-        for (int i = 0; i < used; i++) most = fmaxf(most, __ldcg(&softmax[(base + i) * s.heads + head]).x);
         float4 v = make_float4(0, 0, 0, 0);
-#pragma unroll 4
-        for (int i = 0; i < used; i++) {
-            float2 one = __ldcg(&softmax[(base + i) * s.heads + head]);
-            float weight = __expf(one.x - most);
-            over += one.y * weight;
-            add_scaled(v, weight, __ldcg(reinterpret_cast<const float4 *>(partial) + ((base + i) * s.heads + head) * (P / 4) + c / 4));
+        for (int i = 0; i < used; i += 16) {
+            if (i || index >= THREADS) load_parts(part, i, index);
+#pragma unroll
+            for (int k = 0; k < 16; k++)
+                if (i + k < used) add_scaled(v, weights[index / (P / 4)][i + k], part[k]);
         }
-        finish(head, c, v, over);
+        finish(index / (P / 4), index % (P / 4) * 4, v, 1.0f);
     }
 }
+}   // namespace
 
-template <typename T, typename C> int attend(tops_stream *stream, void *out, const void *qkv, const tops_kv *kv, const tops_batch *batch, const SpanShape &s) {
+bool decode_supports(const tops_kv *kv, int64_t n, const SpanShape &s, int dtype) {
+    return dtype == TOPS_BF16 && kv->dtype == TOPS_BF16 && (s.p == 64 || s.p == 128 || s.p == 256) && s.heads <= HEADS && n <= ROWS && n * s.g <= COUNTERS &&
+           s.page_size == 1 << s.page_shift;
+}
+
+int attend_decode(tops_stream *stream, void *out, const void *qkv, const tops_kv *kv, const tops_batch *batch, SpanShape s, const Rope *rope) {
+    s.splits = (int)max(min(ceil_div(batch->max_pages * kv->page_size, TILE), (int64_t)SPLITS_MOST), (int64_t)1);
     const int64_t n = batch->n;
     Scratch scratch(stream);
     float *partial = scratch.take<float>(n * s.h * s.splits * s.p);
     float2 *softmax = scratch.take<float2>(n * s.h * s.splits);
     REQUIRE_SCRATCH(softmax);
-    dim3 grid((unsigned)s.splits, (unsigned)s.g, (unsigned)n);
-    int status = TOPS_OK;
-#define ATTEND(P, H) \
-    status = launch(stream, attend_heads<T, C, P, H>, grid, dim3(THREADS), 0, 1, static_cast<T *>(out), partial, softmax, stream->counters, \
-                    static_cast<const T *>(qkv), static_cast<const C *>(kv->k), static_cast<const C *>(kv->v), batch->positions, batch->sequences, \
-                    batch->page_table, batch->query_starts, s)
-#define BY_HEADS(P) do { if (s.heads <= 2) ATTEND(P, 2); else if (s.heads <= 4) ATTEND(P, 4); else ATTEND(P, 8); } while (0)
-    if (s.p == 64) BY_HEADS(64);
-    else if (s.p == 128) BY_HEADS(128);
-    else BY_HEADS(256);
-    return status;
-}
-}   // namespace
-
-bool decode_supports(const tops_kv *kv, int64_t n, const SpanShape &s) {
-    return (s.p == 64 || s.p == 128 || s.p == 256) && kv->dtype != TOPS_F32 && s.heads <= 8 && n <= 16 && n * s.g <= COUNTERS && s.page_size == 1 << s.page_shift;
-}
-
-int attend_decode(tops_stream *stream, void *out, const void *qkv, const tops_kv *kv, const tops_batch *batch, SpanShape s, int dtype) {
-    s.splits = (int)min(ceil_div(batch->max_pages * kv->page_size, 64), (int64_t)SPLITS_MOST);
-    int status = TOPS_OK;
-    BY_STORAGE(dtype, {
-        if (kv->dtype == TOPS_F16) status = attend<T, __half>(stream, out, qkv, kv, batch, s);
-        else status = attend<T, __nv_bfloat16>(stream, out, qkv, kv, batch, s);
-    });
-    return status;
+    auto start = [&](auto kernel, int shared) {
+        return launch_wide(stream, kernel, dim3((unsigned)s.splits, (unsigned)s.g, (unsigned)n), dim3(THREADS), (size_t)shared, static_cast<bf16 *>(out), partial, softmax,
+                           stream->counters, static_cast<const bf16 *>(qkv), static_cast<bf16 *>(kv->k), static_cast<bf16 *>(kv->v), *batch, s, rope ? *rope : Rope{});
+    };
+    if (s.p == 64) return rope ? start(attend_few<64, true>, shared_bytes<64>()) : start(attend_few<64, false>, shared_bytes<64>());
+    if (s.p == 128) return rope ? start(attend_few<128, true>, shared_bytes<128>()) : start(attend_few<128, false>, shared_bytes<128>());
+    return rope ? start(attend_few<256, true>, shared_bytes<256>()) : start(attend_few<256, false>, shared_bytes<256>());
 }

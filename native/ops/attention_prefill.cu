@@ -1,11 +1,12 @@
 /* Attention of prompts on tensor cores: a block takes 128 neighbouring rows of one sequence and one query head, and goes through the
  * keys 64 at a time with the softmax carried along (FlashAttention-2, Dao 2023). Keys and values are gathered by page into two stages
- * of shared memory, so that the next ones travel while these are used. Few rows behind a long past are cut into spans, as in decoding. */
+ * of shared memory, so that the next ones travel while these are used. Of few rows behind a long past (PACKED) a block takes 16 for all query
+ * heads of a key-value head, a head for each warp, and the past is cut into spans, as in decoding. */
 #include "../cuda/attention.cuh"
 #include "../cuda/mma.cuh"
 
 namespace {
-constexpr int ROWS = 128, KEYS = 64, THREADS = 256;
+constexpr int ROWS = 128, KEYS = 64, THREADS = 256, FEW = 16;
 
 __device__ inline uint32_t pair(float low, float high) {
     __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
@@ -27,33 +28,38 @@ template <int P> __device__ inline void load_keys(__nv_bfloat16 *keys, const __n
     copy_commit();
 }
 
-template <int P> __global__ void __launch_bounds__(THREADS)
+template <int P, bool PACKED> __global__ void __launch_bounds__(THREADS)
 attend_rows(__nv_bfloat16 *out, float *partial, float *maxima, float *sums, const __nv_bfloat16 *qkv, const __nv_bfloat16 *cache_k, const __nv_bfloat16 *cache_v,
             tops_batch batch, SpanShape s) {
     extern __shared__ __align__(128) unsigned char memory[];
     __nv_bfloat16 *queries = reinterpret_cast<__nv_bfloat16 *>(memory), *stages = queries + ROWS * P;
     wait_for_inputs();
     launch_dependents();
-    const int head = blockIdx.x, kv_head = head / s.heads, split = blockIdx.z, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    /* The block's tile among the sequences' tiles of ROWS rows; the last ones, which have most keys, begin first. */
+    constexpr int TOKENS = PACKED ? FEW : ROWS;
+    const int split = blockIdx.z, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int kv_head = PACKED ? blockIdx.x : blockIdx.x / s.heads, first_head = PACKED ? kv_head * s.heads : blockIdx.x;
+    const int head = first_head + (PACKED ? min(warp, s.heads - 1) : 0), warp_row = PACKED ? 0 : warp * 16;   /* what the warp works on */
+    /* The block's tile among the sequences' tiles of TOKENS rows; the last ones, which have most keys, begin first. */
     int64_t sequence = 0, first = 0, end = 0, tile = gridDim.y - 1 - blockIdx.y;
     for (; sequence < batch.b; sequence++) {
         first = batch.query_starts[sequence];
         end = batch.query_starts[sequence + 1];
-        int64_t tiles = (end - first + ROWS - 1) / ROWS;
+        int64_t tiles = (end - first + TOKENS - 1) / TOKENS;
         if (tile < tiles) break;
         tile -= tiles;
     }
     if (sequence >= batch.b) return;
-    first += tile * ROWS;
-    const int count = (int)(end - first < ROWS ? end - first : ROWS);
+    first += tile * TOKENS;
+    const int count = (int)(end - first < TOKENS ? end - first : TOKENS);
     const int32_t *pages = batch.page_table + batch.sequences[first] * batch.max_pages;
     const int begin = batch.positions[first], length = batch.positions[first + count - 1] + 1;
     const int span = s.splits == 1 ? length : span_of(length, s.splits), from = split * span, until = min(length, from + span);
 
     for (int i = threadIdx.x; i < ROWS * P / 8; i += THREADS) {
         int row = i / (P / 8), piece = i % (P / 8);
-        copy_async(place<P>(queries, row, piece), qkv + (first + min(row, count - 1)) * s.row_cols + (int64_t)head * P + piece * 8, row < count);
+        const int t = row % TOKENS, h = row / TOKENS;
+        const bool there = t < count && h < (PACKED ? s.heads : 1);
+        copy_async(place<P>(queries, row, piece), qkv + (there ? (first + t) * s.row_cols + (int64_t)(first_head + h) * P + piece * 8 : 0), there);
     }
     if (from < until) load_keys<P>(stages, cache_k, cache_v, pages, from, until, kv_head, s);
     float sum[P / 8][4] = {}, maximum[2] = {-INFINITY, -INFINITY}, total[2] = {};
@@ -66,7 +72,7 @@ attend_rows(__nv_bfloat16 *out, float *partial, float *maxima, float *sums, cons
             copy_wait<0>();
         }
         __syncthreads();
-        if (warp * 16 < count) {
+        if (PACKED ? warp < s.heads : warp_row < count) {
         float score[KEYS / 8][4] = {};
 #pragma unroll
         for (int kk = 0; kk < P / 16; kk++) {
@@ -82,12 +88,12 @@ attend_rows(__nv_bfloat16 *out, float *partial, float *maxima, float *sums, cons
         }
         /* Element e of a tile: row lane / 4 + 8 (e / 2), key lane % 4 * 2 + e % 2. */
         float highest[2] = {maximum[0], maximum[1]};
-        const bool whole = at + KEYS <= until && at + KEYS - 1 <= begin + warp * 16;
+        const bool whole = at + KEYS <= until && at + KEYS - 1 <= begin + warp_row;
 #pragma unroll
         for (int j = 0; j < KEYS / 8; j++)
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                int position = at + 8 * j + lane % 4 * 2 + e % 2, row = warp * 16 + lane / 4 + e / 2 * 8;
+                int position = at + 8 * j + lane % 4 * 2 + e % 2, row = warp_row + lane / 4 + e / 2 * 8;
                 score[j][e] = whole || (position <= begin + row && position < until) ? score[j][e] * s.scale : -INFINITY;
                 highest[e / 2] = fmaxf(highest[e / 2], score[j][e]);
             }
@@ -131,8 +137,8 @@ attend_rows(__nv_bfloat16 *out, float *partial, float *maxima, float *sums, cons
     for (int r = 0; r < 2; r++) {
         total[r] += __shfl_xor_sync(0xffffffff, total[r], 1);
         total[r] += __shfl_xor_sync(0xffffffff, total[r], 2);
-        const int row = warp * 16 + lane / 4 + 8 * r;
-        if (row >= count) continue;
+        const int row = warp_row + lane / 4 + 8 * r;
+        if (row >= count || (PACKED && warp >= s.heads)) continue;
         const int64_t place = ((first + row) * s.h + head) * s.splits + split;
         if (s.splits > 1 && lane % 4 == 0) {
             maxima[place] = maximum[r];
@@ -158,19 +164,24 @@ attend_rows(__nv_bfloat16 *out, float *partial, float *maxima, float *sums, cons
 
 template <int P> int run(tops_stream *stream, __nv_bfloat16 *out, const __nv_bfloat16 *qkv, const tops_kv *kv, const tops_batch *batch, SpanShape s) {
     const int bytes = (ROWS + 4 * KEYS) * P * 2;
-    CUDA(cudaFuncSetAttribute(attend_rows<P>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
     /* How many tiles there are is known on the device only; each sequence adds at most one that is not full. */
-    const int64_t tiles = batch->n / ROWS + batch->b, n = batch->n;
+    const int64_t n = batch->n, heads = s.heads;
+    const bool packed = n <= 64 && heads * FEW <= ROWS;
+    const int64_t tiles = n / (packed ? FEW : ROWS) + batch->b, columns = packed ? s.g : s.h;
     float *partial = nullptr, *maxima = nullptr, *sums = nullptr;
-    if (tiles * s.h < 132 && n <= 64) {
-        s.splits = (int)min(min(ceil_div(264, tiles * s.h), (int64_t)32), ceil_div(s.max_pages * s.page_size, SPAN_LEAST));
+    if (tiles * columns < 132 && n <= 64) {
+        s.splits = (int)min(min(ceil_div(264, max(n / FEW, (int64_t)1) * columns), (int64_t)32), ceil_div(s.max_pages * s.page_size, SPAN_LEAST));
         Scratch scratch(stream);
         partial = scratch.take<float>(n * s.h * s.splits * P);
         maxima = scratch.take<float>(n * s.h * s.splits);
         REQUIRE_SCRATCH(sums = scratch.take<float>(n * s.h * s.splits));
     }
-    int status = launch(stream, attend_rows<P>, dim3((unsigned)s.h, (unsigned)tiles, (unsigned)s.splits), dim3(THREADS), bytes, 1, out, partial, maxima, sums, qkv,
-                        static_cast<const __nv_bfloat16 *>(kv->k), static_cast<const __nv_bfloat16 *>(kv->v), *batch, s);
+    auto start = [&](auto kernel) {
+        CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+        return launch(stream, kernel, dim3((unsigned)columns, (unsigned)tiles, (unsigned)s.splits), dim3(THREADS), bytes, 1, out, partial, maxima, sums, qkv,
+                      static_cast<const __nv_bfloat16 *>(kv->k), static_cast<const __nv_bfloat16 *>(kv->v), *batch, s);
+    };
+    int status = packed ? start(attend_rows<P, true>) : start(attend_rows<P, false>);
     if (status || s.splits == 1) return status;
     return merge(stream, out, qkv, partial, maxima, sums, n, s);
 }

@@ -61,6 +61,9 @@ static int prepare(expert_arguments &a, int parts, void *out, const void *x, con
         if (!status) status = check("shared", &shared[part], 1, shared->rows, w->cols);
         if (status) return status;
         a.w[part] = w[part], a.shared[part] = shared[part];
+        a.first[part] = expert_matrix(w[part], 0, e), a.own[part] = expert_matrix(shared[part], 0, 1);
+        a.stride[part] = a.scale_stride[part] = packed_bytes(a.first[part].kind, a.first[part].rows, a.first[part].cols);
+        if (a.first[part].kind == TILES_FP8) a.scale_stride[part] = ceil_div(a.first[part].rows, 128) * ceil_div(a.first[part].cols, 128) * 4;
     }
     a.experts = experts, a.shares = shares, a.x = x, a.out = out;
     a.n = (int)n, a.e = (int)e, a.k = (int)k, a.rows = (int)shared->rows, a.cols = (int)w->cols;

@@ -6,6 +6,8 @@ enum { FEW = 16 };      /* tokens that take the kernels for few */
 
 struct expert_arguments {
     tops_weight w[2], shared[2];       /* gate and up, or down; w is a stack of e */
+    matrix first[2], own[2];           /* expert 0 of the stack, the shared expert */
+    int64_t stride[2], scale_stride[2];/* bytes from one expert to the next */
     const int32_t *experts;            /* [n, k] */
     const float *shares;               /* [n, k + 1] */
     const void *x;
@@ -14,9 +16,11 @@ struct expert_arguments {
 
     /* Matrix `part` of choice j of token t: the last choice is the shared expert. An expert beyond the stack gives the first. */
     __device__ matrix chosen(int t, int j, int part) const {
-        if (j == k) return expert_matrix(shared[part], 0, 1);
-        int expert = experts[t * k + j];
-        return expert_matrix(w[part], expert >= 0 && expert < e ? expert : 0, e);
+        if (j == k) return own[part];
+        const int expert = experts[t * k + j];
+        matrix m = first[part];
+        if (expert >= 0 && expert < e) m.tiles += expert * stride[part], m.scales += expert * scale_stride[part];
+        return m;
     }
 };
 

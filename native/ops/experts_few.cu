@@ -4,7 +4,7 @@
 enum { CHOICES = 32 };
 
 /* A block takes 16 rows of gate and up of one choice of one token; half of its warps take gate, half up. */
-static __global__ void __launch_bounds__(WARPS * 32, 3) gate_up_few(expert_arguments a) {
+static __global__ void __launch_bounds__(WARPS * 32, 3) gate_up_few(const __grid_constant__ expert_arguments a) {
     extern __shared__ __align__(16) char shared[];
     __shared__ float red[WARPS][8 * TILE_ROWS];
     bf16 *x = (bf16 *)shared;
@@ -36,30 +36,33 @@ int experts_gate_up_few(tops_stream *stream, const expert_arguments &a) {
     return launch_wide(stream, gate_up_few, dim3(ceil_div(a.rows, TILE_ROWS), a.n * (a.k + 1)), WARPS * 32, bytes, a);
 }
 
-/* A block takes 16 rows of the output of one token. Its warps share the columns of all choices' matrices, as if they were one long
- * matrix: MANY tiles of each are on their way before the rows of x are there. */
+/* Where a choice's tiles and scales begin */
+struct place {
+    const char *tiles, *scales;
+};
+
+/* Choices from..until: the warps share the columns of all their matrices, as if they were one long matrix; MANY tiles of each are on their
+ * way before the rows of x are there. */
 template <tile_kind KIND, int MANY, typename Ready>
-static __device__ void take_choices(float (&total)[1][4], const tops_weight &w, int stack, const int *chosen, int choices, const bf16 *x,
-                                    const float *shares, int warp, int lane, Ready ready) {
-    matrix m = expert_matrix(w, 0, stack);
-    int64_t pitch = packed_bytes(KIND, m.rows, m.cols), scale_pitch = KIND == TILES_FP8 ? (int64_t)((m.rows + 127) / 128) * ((m.cols + 127) / 128) * 4 : pitch;
-    int end = choices * m.col_tiles;
+static __device__ void take_choices(float (&total)[1][4], const matrix &like, const place *places, int from, int until, const bf16 *x, const float *shares,
+                                    int warp, int lane, Ready ready) {
+    const int begin = from * like.col_tiles + warp, end = until * like.col_tiles;
     tile<KIND> tiles[MANY];
-    for (int base = warp; base < end || base == warp; base += MANY * WARPS) {
+    for (int base = begin; base < end || base == begin; base += MANY * WARPS) {
 #pragma unroll
         for (int i = 0; i < MANY; i++) {
-            int at = base + i * WARPS;
+            const int at = base + i * WARPS;
             if (at >= end) continue;
-            matrix own = m;
-            own.tiles += chosen[at / m.col_tiles] * pitch, own.scales += chosen[at / m.col_tiles] * scale_pitch;
-            tiles[i].load(own, blockIdx.x, at % m.col_tiles, lane);
+            matrix m = like;
+            m.tiles = places[at / like.col_tiles].tiles, m.scales = places[at / like.col_tiles].scales;
+            tiles[i].load(m, blockIdx.x, at % like.col_tiles, lane);
         }
-        if (base == warp) ready();
+        if (base == begin) ready();
 #pragma unroll
         for (int i = 0; i < MANY; i++) {
-            int at = base + i * WARPS;
+            const int at = base + i * WARPS;
             if (at >= end) continue;
-            float part[1][4] = {}, share = shares[at / m.col_tiles];
+            float part[1][4] = {}, share = shares[at / like.col_tiles];
             const bf16 *row = x + at * TILE_COLS + lane % 4 * 4;     /* choices follow each other in x, as tiles do here */
             tiles[i].template multiply<1>(part, [&](int, int s) { return lane < 4 ? *(const uint2 *)(row + s * 16) : make_uint2(0, 0); });
             for (int e = 0; e < 4; e++) total[0][e] += share * part[0][e];
@@ -67,32 +70,34 @@ static __device__ void take_choices(float (&total)[1][4], const tops_weight &w, 
     }
 }
 
-static __global__ void __launch_bounds__(WARPS * 32) down_few(expert_arguments a) {
+/* A block takes 16 rows of the output of one token. */
+static __global__ void __launch_bounds__(WARPS * 32, 2) down_few(const __grid_constant__ expert_arguments a) {
     extern __shared__ __align__(16) char bytes[];
     __shared__ float red[WARPS][8 * TILE_ROWS], shares[CHOICES + 1];
-    __shared__ int chosen[CHOICES + 1];
+    __shared__ place places[CHOICES + 1];
     int me = threadIdx.x, warp = me / 32, lane = me % 32, t = blockIdx.y, values = (a.k + 1) * a.cols;
     bf16 *x = (bf16 *)bytes;
     float total[1][4] = {};
     launch_dependents();
-    if (me < a.k) {     /* what the router chose is older than the op before this one, which waited for it */
-        int expert = a.experts[t * a.k + me];
-        chosen[me] = expert >= 0 && expert < a.e ? expert : 0;
+    if (me <= a.k) {     /* what the router chose is older than the op before this one, which waited for it */
+        const matrix m = a.chosen(t, me, 0);
+        places[me] = {m.tiles, m.scales};
+        shares[me] = a.shares[t * (a.k + 1) + me];
     }
-    if (me == a.k) chosen[me] = 0;
-    if (me <= a.k) shares[me] = a.shares[t * (a.k + 1) + me];
     __syncthreads();
-    with_kind(kind_of(a.w[0].dtype), [&](auto kind) {
+    auto take_x = [&] {
+        wait_for_inputs();
+#pragma unroll 4
+        for (int c = me * 8; c < values; c += WARPS * 32 * 8) *(uint4 *)(x + c) = *(const uint4 *)((const bf16 *)a.x + (int64_t)t * values + c);
+        __syncthreads();
+    };
+    const bool alike = a.first[0].kind == a.own[0].kind;
+    with_kind(a.first[0].kind, [&](auto kind) {
         constexpr tile_kind KIND = decltype(kind)::value;
-        take_choices<KIND, 5 * AHEAD<KIND> / 2>(total, a.w[0], a.e, chosen, a.k, x, shares, warp, lane, [&] {
-            wait_for_inputs();
-            for (int c = me * 8; c < values; c += WARPS * 32 * 8) *(uint4 *)(x + c) = *(const uint4 *)((const bf16 *)a.x + (int64_t)t * values + c);
-            __syncthreads();
-        });
+        take_choices<KIND, KIND == TILES_4 ? 11 : 5 * AHEAD<KIND> / 2>(total, a.first[0], places, 0, a.k + alike, x, shares, warp, lane, take_x);
     });
-    with_kind(kind_of(a.shared[0].dtype), [&](auto kind) {
-        take_choices<decltype(kind)::value, 1>(total, a.shared[0], 1, chosen + a.k, 1, x + a.k * a.cols, shares + a.k, warp, lane, [] {});
-    });
+    if (!alike)
+        with_kind(a.own[0].kind, [&](auto kind) { take_choices<decltype(kind)::value, 1>(total, a.own[0], places, a.k, a.k + 1, x, shares, warp, lane, [] {}); });
     leave_sums<1>(red[warp], total, lane);
     __syncthreads();
     if (me >= TILE_ROWS || blockIdx.x * TILE_ROWS + me >= a.rows) return;

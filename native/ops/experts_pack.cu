@@ -89,9 +89,9 @@ static __global__ void pack_tiles(matrix m, char *tiles, char *scales, const uin
         int row = row0 + lane, col = col0 + group * group_cols(m.kind);
         file_code found = {0, 0, 0};
         if (row < m.rows && col < m.cols) found = decode(dtype, in + row * row_bytes, col);
-        half *to = (half *)scales + (tile * groups + group) * TILE_ROWS * (has_minimum(m.kind) ? 2 : 1);
-        if (has_minimum(m.kind)) to[2 * lane] = __float2half_rn(found.scale), to[2 * lane + 1] = __float2half_rn(found.minimum);
-        else to[lane] = __float2half_rn(found.scale);
+        half *to = (half *)scales + scale_place(tile, groups, group, lane) * (has_minimum(m.kind) ? 2 : 1);
+        to[0] = __float2half_rn(found.scale);
+        if (has_minimum(m.kind)) to[1] = __float2half_rn(found.minimum);
     }
 }
 

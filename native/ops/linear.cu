@@ -158,46 +158,51 @@ static int run_few(tops_stream *stream, void *out, const tops_weight *w, int par
     return TOPS_OK;
 }
 
-/* Whether the streaming kernels (gemv_stream.cuh) take these matrices: they norm and round rows of x for themselves. */
+/* Whether the streaming kernels (gemv_stream.cuh) take these matrices: they norm and lay out rows of x for themselves. */
 static bool streams(const tops_weight *w, int parts, int64_t n, bool norm, int dtype) {
-    if (n > FEW || w->cols % 8 || (norm && w->cols > STREAM_NORM_MOST)) return false;
-    for (int i = 0; i < parts; i++) {
-        if (!ring_supports(w + i) || (is_quantised(w[i].dtype) && w[i].activations != TOPS_Q8_0)) return false;
-        if (w[i].dtype == TOPS_BF16 && dtype == TOPS_BF16 && n > 1) return false;   /* tensor cores */
-    }
+    if (dtype != TOPS_BF16 || n > FEW || w->cols % 8 || (norm && w->cols > STREAM_NORM_MOST)) return false;
+    for (int i = 0; i < parts; i++)
+        if (!ring_supports(w + i) || (is_quantised(w[i].dtype) && w[i].activations == TOPS_Q8_0)) return false;
     return true;
 }
 
-static int run_streams(tops_stream *stream, void *out, const void *x, const float *norm, const tops_weight *w, int parts, int64_t n, float eps, int dtype,
-                       int mode, bool out_f32, bool round) {
-    int64_t rows = 0, row = 0, done = 0;
+static int stream_product(tops_stream *stream, const Product &product, const Product *kept, int format) {
+    if (!is_quantised(format)) return gemv_stream_floats(stream, product, kept, format);
+    return code_bits(format) == 4 ? gemv_stream_small(stream, product, kept, format) : gemv_stream_wide(stream, product, kept, format);
+}
+
+static int run_streams(tops_stream *stream, void *out, const void *x, const float *norm, const tops_weight *w, int parts, int64_t n, float eps, int mode, bool out_f32) {
+    Product groups[4] = {};
+    int formats[4], count = 0;
+    int64_t rows = 0, row = 0;
     for (int i = 0; i < parts; i++) rows += w[i].rows;
-    for (int i = 0; i < parts;) {
-        Product product{};
+    for (int i = 0; i < parts; count++) {
+        Product &product = groups[count];
         product.mode = mode;
+        product.out = out;
         product.out_f32 = out_f32;
         product.out_cols = mode == GATE_UP ? w->rows : rows;
         product.cols = w->cols;
+        product.n = n;
+        product.x = x;
         product.norm = norm;
         product.eps = eps;
-        product.x_f32 = dtype == TOPS_F32;
-        product.round = round;
-        const int format = w[i].dtype;
+        formats[count] = w[i].dtype;
         do {   /* neighbours in one format go together */
             product.parts[product.count] = matrix_of(w + i);
             product.first_row[product.count++] = row;
             product.rows += w[i].rows;
             row += w[i].rows;
             i++;
-        } while (i < parts && w[i].dtype == format);
+        } while (i < parts && w[i].dtype == formats[count]);
         REQUIRE_SUPPORTED(mode != GATE_UP || product.count == 2, "w: gate and up must be in one format");
-        for (int64_t first = 0; first < n && product.rows; first += done) {
-            product.n = n - first;
-            product.out = static_cast<char *>(out) + first * product.out_cols * (out_f32 ? 4 : 2);
-            product.x = static_cast<const char *>(x) + first * product.cols * (product.x_f32 ? 4 : 2);
-            int status = is_quantised(format) ? gemv_stream_integers(stream, product, format, done) : gemv_stream_floats(stream, product, format, done);
-            if (status) return status;
-        }
+    }
+    for (int i = 0; i < count; i++) {
+        if (!groups[i].rows) continue;
+        const bool with_next = i + 1 < count && formats[i] != TOPS_BF16 && formats[i + 1] == TOPS_BF16 && groups[i + 1].rows > 0 && groups[i + 1].rows <= 1024;
+        int status = stream_product(stream, groups[i], with_next ? &groups[i + 1] : nullptr, formats[i]);
+        if (status) return status;
+        i += with_next;
     }
     return TOPS_OK;
 }
@@ -225,7 +230,7 @@ static int run(tops_stream *stream, void *out, const void *x, const float *norm,
     const bool many = n > FEW && round && cols % 8 == 0 && dtype == TOPS_BF16;
     if (many) integers = false, others = true;
 
-    if (!many && streams(w, parts, n, norm != nullptr, dtype)) return run_streams(stream, out, x, norm, w, parts, n, eps, dtype, mode, out_f32, round);
+    if (!many && streams(w, parts, n, norm != nullptr, dtype)) return run_streams(stream, out, x, norm, w, parts, n, eps, mode, out_f32);
 
     Scratch scratch(stream);
     Inputs in{};

@@ -1,5 +1,5 @@
 /* Rotary position embedding (Su et al. 2021), with the norm of queries and keys and the store into the cache in one pass. */
-#include "../cuda/device.cuh"
+#include "../cuda/rope.cuh"
 
 enum { HEAD_MAX = 256 };
 
@@ -73,35 +73,12 @@ __global__ void __launch_bounds__(128) norm_rotate_store(T *qkv, C *cache_k, C *
     const float *norm = head < h ? q_norm : head < h + g ? k_norm : nullptr;
     const int slot = slots[t];
     float weight[EACH], x[EACH];
-    float2 turn[EACH / 2];
-#pragma unroll
-    for (int i = 0; i < EACH; i++) weight[i] = norm ? norm[lane + 32 * i] : 1.0f;
+    load_norm(weight, norm, lane);
     wait_for_inputs();
     T *from = qkv + t * row_cols + (int64_t)head * P;
 #pragma unroll
     for (int i = 0; i < EACH; i++) x[i] = to_float(from[lane + 32 * i]);
-#pragma unroll
-    for (int i = 0; i < EACH / 2; i++)
-        turn[i] = head < h + g && 32 * i < r / 2 ? reinterpret_cast<const float2 *>(table + t * r)[lane + 32 * i] : make_float2(1.0f, 0.0f);
-    if (norm) {
-        float sum = 0;
-#pragma unroll
-        for (int i = 0; i < EACH; i++) sum += x[i] * x[i];
-        const float factor = 1.0f / sqrtf(warp_sum(sum) / (float)P + eps);
-#pragma unroll
-        for (int i = 0; i < EACH; i++) x[i] = x[i] * factor * weight[i];
-    }
-    if (head < h + g) {
-#pragma unroll
-        for (int half = EACH / 2; half; half /= 2)   /* r / 2 = 32 half */
-            if (r == 64 * half)
-#pragma unroll
-                for (int i = 0; i < half; i++) {
-                    const float a = x[i], b = x[i + half];
-                    x[i] = a * turn[i].x - b * turn[i].y;
-                    x[i + half] = b * turn[i].x + a * turn[i].y;
-                }
-    }
+    if (head < h + g) norm_rotate(x, weight, norm != nullptr, reinterpret_cast<const float2 *>(table + t * r), r, eps, lane);
     if (head < h) {
 #pragma unroll
         for (int i = 0; i < EACH; i++) from[lane + 32 * i] = from_float<T>(x[i]);
@@ -124,7 +101,7 @@ int tops_qk_norm_rope_store(tops_stream *stream, void *qkv, const tops_kv *kv, c
     dim3 grid((unsigned)ceil_div(h + 2 * g, 4), (unsigned)batch->n), block(128);
     int64_t row_cols = ((gated ? 2 * h : h) + 2 * g) * p;
     int status = TOPS_OK;
-    const bool halves = !pairs && (p == 64 || p == 128 || p == 256) && (r == 64 || r == 128 || r == 256);
+    const bool halves = halves_supported(p, r, pairs);
 #define ROTATE_AS(C, EACH) \
     BY_STORAGE(dtype, status = launch(stream, norm_rotate_store<T, C, EACH>, grid, block, 0, 1, static_cast<T *>(qkv), static_cast<C *>(kv->k), static_cast<C *>(kv->v), \
                                       batch->slots, table, q_norm, k_norm, (int)h, (int)g, (int)r, row_cols, (int)kv->page_size, eps))

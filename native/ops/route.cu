@@ -1,52 +1,74 @@
 /* The router of a mixture of experts: norm, logits, the k largest of them and their shares.
  *
- * A warp sorts 32 logits; the first k of every warp are the candidates, and a candidate's place is the number of candidates before it. */
+ * One warp has all logits in registers and takes the largest k times, while the others write the normed row. */
 #include "../cuda/storage.cuh"
 
-enum { MOST = 1024, CHOICES = 32 };      /* experts, one for each thread; chosen ones, one for each lane */
+enum { MOST = 1024, CHOICES = 32, THREADS = 512 };      /* experts, MOST / 32 for each lane; chosen ones, one for each lane */
 
-/* Larger first, among equals the lower number; a NaN comes last (as -infinity). */
-static __device__ bool comes_first(float a, int i, float b, int j) { return a > b || (a == b && i < j); }
+/* Larger floats have larger keys; a NaN counts as -infinity, nothing as 0. */
+static __device__ uint32_t key_of(float x) {
+    const uint32_t bits = __float_as_uint(x == x ? x : -INFINITY);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+static __device__ float of_key(uint32_t key) { return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key); }
 
-template <typename T>
-static __global__ void choose(T *normed, int32_t *experts, float *shares, const T *x, const float *norm, const float *logits, int d, int e, int k,
-                              int gated, int renormalize, float eps) {
-    __shared__ float values[MOST], chosen[CHOICES];
-    __shared__ int numbers[MOST];
-    launch_dependents();
-    int64_t t = blockIdx.x;
-    int me = threadIdx.x, lane = me % 32, warp = me / 32, candidates = blockDim.x / 32 * k;
-    wait_for_inputs();
-    const float *l = logits + t * (e + gated);
-    x += t * d, normed += t * d, experts += t * k, shares += t * (k + 1);
-    float value = me < e ? l[me] : -INFINITY, gate = gated ? l[e] : 0, sum = 0;
-    int number = me;
-    if (value != value) value = -INFINITY;
-    for (int c = me; c < d; c += blockDim.x) sum += to_float(x[c]) * to_float(x[c]);
-    float factor = rsqrtf(block_sum(sum) / d + eps);
-    for (int c = me; c < d; c += blockDim.x) normed[c] = from_float<T>(to_float(x[c]) * factor * norm[c]);
-    float all = 0, own = value;
-    for (int size = 2; size <= 32; size *= 2)      /* bitonic */
-        for (int step = size / 2; step; step /= 2) {
-            float other = __shfl_xor_sync(~0u, value, step);
-            int at = __shfl_xor_sync(~0u, number, step);
-            bool first = comes_first(value, number, other, at), wanted = ((lane & size) == 0) == ((lane & step) == 0);
-            if (first != wanted) value = other, number = at;
-        }
-    if (lane < k) values[warp * k + lane] = value, numbers[warp * k + lane] = number;
-    __syncthreads();
-    if (me < candidates) {
-        value = values[me], number = numbers[me];
-        int place = 0;
-        for (int i = 0; i < candidates; i++) place += comes_first(values[i], numbers[i], value, number);
-        if (place < k) experts[place] = number, chosen[place] = value;
+/* sm_80 has these for integers */
+static __device__ uint32_t largest(uint32_t x) { return __reduce_max_sync(~0u, x); }
+static __device__ uint32_t smallest(uint32_t x) { return __reduce_min_sync(~0u, x); }
+
+/* Lane l has logits l + 32 i. Experts come largest first, among equals the lower number first. */
+template <int EACH> static __device__ void choose_experts(int32_t *experts, float *shares, const float (&logit)[EACH], float gate, int e, int k, int gated, int renormalize) {
+    const int lane = threadIdx.x % 32;
+    uint32_t key[EACH];
+#pragma unroll
+    for (int i = 0; i < EACH; i++) key[i] = lane + 32 * i < e ? key_of(logit[i]) : 0;
+    float first = 0, own = 0;   /* the largest, and the one that this lane will keep */
+    int number = 0;
+    for (int round = 0; round < k; round++) {
+        uint32_t best = 0;
+        int at = 0;
+#pragma unroll
+        for (int i = EACH - 1; i >= 0; i--)
+            if (key[i] >= best) best = key[i], at = i;
+        const uint32_t most = largest(best), winner = smallest(best == most ? (uint32_t)(lane + 32 * at) : UINT32_MAX);
+        if (round == 0) first = of_key(most);
+        if (lane == round) own = of_key(most), number = (int)winner;
+#pragma unroll
+        for (int i = 0; i < EACH; i++)
+            if ((uint32_t)(lane + 32 * i) == winner) key[i] = 0;
     }
-    __syncthreads();
-    if (!renormalize) all = block_sum(me < e ? __expf(own - chosen[0]) : 0);
-    if (warp) return;
-    float share = lane < k ? __expf(chosen[lane] - chosen[0]) : 0, total = warp_sum(share);
-    if (lane < k) shares[lane] = share / (renormalize ? total : all);
+    const float share = lane < k ? __expf(own - first) : 0;
+    float all = share;
+    if (!renormalize) {
+        all = 0;
+#pragma unroll
+        for (int i = 0; i < EACH; i++)
+            if (lane + 32 * i < e) all += __expf(of_key(key_of(logit[i])) - first);
+    }
+    all = warp_sum(all);
+    if (lane < k) experts[lane] = number, shares[lane] = share / all;
     if (lane == 0) shares[k] = gated ? sigmoid(gate) : 1.0f;
+}
+
+template <typename T, int EACH>
+static __global__ void __launch_bounds__(THREADS) choose(T *normed, int32_t *experts, float *shares, const T *x, const float *norm, const float *logits, int d, int e, int k,
+                                                         int gated, int renormalize, float eps) {
+    launch_dependents();
+    wait_for_inputs();
+    const int64_t t = blockIdx.x;
+    const int me = threadIdx.x, lane = me % 32;
+    x += t * d, normed += t * d;
+    float logit[EACH], gate = 0, sum = 0;
+    if (me < 32) {
+        const float *l = logits + t * (e + gated);
+#pragma unroll
+        for (int i = 0; i < EACH; i++) logit[i] = lane + 32 * i < e ? l[lane + 32 * i] : 0;
+        if (gated) gate = l[e];
+    }
+    for (int c = me; c < d; c += THREADS) sum += to_float(x[c]) * to_float(x[c]);
+    const float factor = rsqrtf(block_sum(sum) / d + eps);
+    if (me < 32) return choose_experts<EACH>(experts + t * k, shares + t * (k + 1), logit, gate, e, k, gated, renormalize);
+    for (int c = me - 32; c < d; c += THREADS - 32) normed[c] = from_float<T>(to_float(x[c]) * factor * norm[c]);
 }
 
 int tops_rms_norm_route(tops_stream *stream, void *normed, float *logits, int32_t *experts, float *shares, const void *x,
@@ -62,6 +84,7 @@ int tops_rms_norm_route(tops_stream *stream, void *normed, float *logits, int32_
     if (status) return status;
     return with_storage(dtype, [&](auto t) {
         typedef decltype(t) T;
-        return launch(stream, choose<T>, dim3(n), (int)ceil_div(w->rows, 32) * 32, 0, 1, (T *)normed, experts, shares, (const T *)x, norm, logits, (int)w->cols, (int)w->rows, (int)k, (int)(parts == 2), renormalize, eps);
+        return launch(stream, w->rows <= 512 ? choose<T, 16> : choose<T, MOST / 32>, dim3(n), THREADS, 0, 1, (T *)normed, experts, shares, (const T *)x, norm, logits,
+                      (int)w->cols, (int)w->rows, (int)k, (int)(parts == 2), renormalize, eps);
     });
 }

@@ -63,8 +63,8 @@ def require(backend, cache):
 
 
 def rotated(x, positions, inv_freq, pairs):
-    """x [n, heads, p] with its first 2 len(inv_freq) dimensions rotated."""
-    angle = positions[:, None].astype(np.float64) * inv_freq.astype(np.float64)
+    """x [n, heads, p] with its first 2 len(inv_freq) dimensions rotated; the table's angles are products in f32."""
+    angle = (positions[:, None].astype(np.float32) * inv_freq.astype(np.float32)).astype(np.float64)
     c, s = np.cos(angle)[:, None], np.sin(angle)[:, None]
     out, half = x.copy(), len(inv_freq)
     first, second = (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if pairs else (slice(0, half), slice(half, 2 * half))
@@ -151,3 +151,36 @@ def test_a_cache_in_a_format_without_kernels_is_refused(backend, rng):
     scene.kv.struct.dtype = DType.Q4_0 if backend.kind == "cpu" else DType.Q8_0
     with pytest.raises(TensorOpsError, match="kv: must be f32"):
         ops.paged_attention(put(backend, np.zeros((1, 64))), put(backend, scene.qkv), scene.kv, scene.batch, 2, 1.0)
+
+
+@pytest.mark.parametrize("storage", [DType.F32, DType.BF16], ids=lambda d: d.name)
+@pytest.mark.parametrize("h,g,p,r,normed,gated", [(4, 2, 64, 64, False, False), (8, 4, 128, 128, True, False), (3, 1, 64, 32, True, False),
+                                                  (16, 2, 256, 64, True, True)])
+@pytest.mark.parametrize("pasts,news", [((0,), (0,)), ((0,), (1,)), ((127,), (1,)), ((128,), (1,)), ((700,), (1,)), ((4500,), (1,)), ((40, 7), (2, 0)),
+                                        ((5, 260, 16, 90), (1, 1, 1, 1)), ((126, 1), (0, 5)), ((33, 0, 129), (2, 17, 1))])
+def test_rope_attention(backend, rng, storage, h, g, p, r, normed, gated, pasts, news):
+    scene = Scene(backend, rng, pasts, news, h, g, p, storage, storage, gated)
+    n, eps = scene.n, 1e-6
+    inv_freq = (10000.0 ** (-np.arange(r // 2) / (r // 2))).astype(np.float32)
+    angle = (scene.positions[:, None].astype(np.float32) * inv_freq).astype(np.float64)
+    table = put(backend, np.stack([np.cos(angle), np.sin(angle)], 2).reshape(n, r).astype(np.float32))
+    shaped = type(table)(backend, table.pointer, (n, r // 2, 2), DType.F32)
+    weights = [rng.uniform(0.5, 1.5, p).astype(np.float32) for _ in range(2)]
+    q_norm, k_norm = ([put(backend, w) for w in weights] if normed else (None, None))
+    out = Guarded(backend, n, h * p, storage)
+    ops.rope_attention(out.tensor, put(backend, scene.qkv, storage), scene.kv, scene.batch, shaped, q_norm, k_norm, h, 0, p**-0.5, eps, gated)
+
+    heads = scene.qkv.reshape(n, scene.qkv.shape[1] // p, p)
+    q, k, v, gate = heads[:, :h], heads[:, h: h + g], heads[:, h + g: h + 2 * g], heads[:, h + 2 * g:]
+    if normed:
+        q, k = (x / np.sqrt((x * x).mean(2, keepdims=True) + eps) * w for x, w in zip((q, k), weights))
+    q, k = (rotated(x, scene.positions, inv_freq, 0) for x in (q, k))
+    for t in range(n):
+        page, row = scene.table[scene.sequences[t], scene.positions[t] // PAGE], scene.positions[t] % PAGE
+        scene.k[page, :, row], scene.v[page, :, row] = round_to(k[t], storage), v[t]
+    expected = scene.attention(round_to(q, storage), p**-0.5)
+    if gated:
+        expected = expected / (1 + np.exp(-gate.reshape(n, h * p)))
+    assert error(out.read(), expected) < (3e-6 if storage == DType.F32 else 1e-2)
+    stored = get(backend, scene.whole).reshape(2, -1, g, PAGE, p)
+    assert error(stored, np.stack([scene.k, scene.v])) < (2e-6 if storage == DType.F32 else 8e-3)
