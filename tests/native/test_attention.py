@@ -182,5 +182,5 @@ def test_rope_attention(backend, rng, storage, h, g, p, r, normed, gated, pasts,
     if gated:
         expected = expected / (1 + np.exp(-gate.reshape(n, h * p)))
     assert error(out.read(), expected) < (3e-6 if storage == DType.F32 else 1e-2)
-    stored = get(backend, scene.whole).reshape(2, -1, g, PAGE, p)
+    stored = get_cached(backend, scene.whole, storage).reshape(2, -1, g, PAGE, p)
     assert error(stored, np.stack([scene.k, scene.v])) < (2e-6 if storage == DType.F32 else 8e-3)
