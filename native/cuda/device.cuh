@@ -10,6 +10,7 @@
 
 struct tops_stream {
     int device, multiprocessors, architecture;   /* 90: compute capability 9.0 */
+    int shared_most;            /* bytes of shared memory that a block may ask for */
     cudaStream_t cuda;
     unsigned char *scratch;
     int64_t scratch_bytes;

@@ -50,8 +50,8 @@ gemm_kernel(void *out, int64_t out_cols, const __nv_bfloat16 *x, const __nv_bflo
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warp_m = warp / 4 * 64, warp_n = warp % 4 * 32;
     const int64_t m0 = blockIdx.x * (int64_t)M, n0 = blockIdx.y * (int64_t)N, steps = (k + K - 1) / K;
     const Loader loader(x, w, m0, n0, m, n, k);
-    wait_for_inputs();
     launch_dependents();
+    wait_for_inputs();
     float sum[4][4][4] = {};
     for (int s = 0; s < STAGES - 1; s++) loader.load(stages + s * STAGE, (int64_t)s * K);   /* beyond the last column: zeros */
     for (int64_t step = 0; step < steps; step++) {

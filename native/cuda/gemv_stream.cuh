@@ -8,10 +8,14 @@
 #include "ring.cuh"
 
 namespace stream {
-constexpr int WARPS = 16, THREADS = WARPS * 32, NORM_MOST = THREADS * 8, SHARED_MOST = 226 << 10, INPUTS_MOST = 100 << 10;
+constexpr int WARPS = 16, THREADS = WARPS * 32, NORM_MOST = THREADS * 8, INPUTS_MOST = 100 << 10;
 /* A processor has 228 KB of shared memory, 1 KB goes with each block: of two kernels that run in turn, one takes so much that no other block
  * of its own fits beside it, the other one what is left. Otherwise some processors would get two blocks and others none. */
-constexpr int SHARED_ALONE = 114 << 10;
+constexpr int SHARED_ALONE = 114 << 10, STATIC_MOST = 1 << 10;
+
+/* A ring is as deep as the processor's shared memory allows: 228 or 164 KB, or 100 KB. */
+template <int D> __host__ __device__ constexpr int stages(bool large) { return !large ? 2 : Slot<D>::BYTES > 1280 ? 4 : 5; }
+static inline bool is_large(const tops_stream *stream) { return stream->shared_most > 128 << 10; }
 
 struct Shape {
     int blocks, tiles, tiles_more;   /* tiles of 8 rows for each block; so many blocks have one more */
@@ -24,6 +28,11 @@ struct Shape {
 };
 
 #ifdef __CUDACC__
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+constexpr bool LARGE = false;
+#else
+constexpr bool LARGE = true;
+#endif
 typedef __nv_bfloat16 bf16;
 
 /* With one token (T 1) the matrix is the left operand, whose upper and lower 8 rows are both the tile's: a lane's 16 bytes of a row go in as
@@ -198,6 +207,27 @@ template <int D> __device__ inline float2 slot_affine(const unsigned char *slot,
     return make_float2(d.x * (float)sc.x, -(d.y * (float)sc.y));
 }
 
+/* All scales of a row of the slot, where a block has just one */
+template <int D> struct RowScales {
+    static constexpr bool THERE = D == TOPS_Q4_0 || D == TOPS_Q5_0 || D == TOPS_Q8_0;
+    uint32_t words[Slot<D>::BLOCKS / 2];
+    __device__ RowScales(const unsigned char *slot, int row) {
+        const unsigned char *from = slot + Slot<D>::SCALES + row * Slot<D>::SCALE_ROW;
+        if (D == TOPS_Q8_0) {
+            const uint2 raw = *reinterpret_cast<const uint2 *>(from);
+            words[0] = raw.x;
+            words[1] = raw.y;
+        } else if (THERE) {
+            const uint4 raw = *reinterpret_cast<const uint4 *>(from);
+            words[0] = raw.x;
+            words[1] = raw.y;
+            words[Slot<D>::BLOCKS / 2 - 2] = raw.z;
+            words[Slot<D>::BLOCKS / 2 - 1] = raw.w;
+        }
+    }
+    __device__ float at(int block) const { return __half2float(__ushort_as_half((uint16_t)(words[block / 2] >> (block % 2 * 16)))); }
+};
+
 /* A lane's codes of a block of its row as bf16: columns 4 (lane % 4) + {0, 2}, {1, 3} of both halves of the block */
 template <int D, int OFFSET> __device__ inline void block_codes(uint32_t (&w)[4], const unsigned char *slot, int block) {
     const int lane = threadIdx.x % 32, row = lane / 4, quad = lane % 4;
@@ -253,6 +283,7 @@ template <int D, int T> __device__ inline void multiply_slot(float (&sum)[SUMS<T
     } else {
         constexpr int OFFSET = D == TOPS_Q4_0 ? 8 : D == TOPS_Q5_0 ? 16 : D == TOPS_Q6_K ? 32 : 0;
         constexpr bool MINIMUM = D == TOPS_Q4_1 || D == TOPS_Q5_1 || D == TOPS_Q4_K || D == TOPS_Q5_K, HALVES = D == TOPS_Q6_K;
+        const RowScales<D> plain(slot, row);
         constexpr int GROUP = T == 1 && Slot<D>::HIGH_PLANES == 0 ? 4 : 1;   /* blocks side by side: products take long */
 #pragma unroll
         for (int group = 0; group < Slot<D>::BLOCKS; group += GROUP) {
@@ -272,7 +303,7 @@ template <int D, int T> __device__ inline void multiply_slot(float (&sum)[SUMS<T
             for (int i = 0; i < GROUP; i++)
 #pragma unroll
                 for (int e = 0; e < SUMS<T>; e++) {
-                    const float2 by = slot_affine<D>(slot, row_of<T>(e), group + i, 0, chunk);
+                    const float2 by = T == 1 && RowScales<D>::THERE ? make_float2(plain.at(group + i), 0.0f) : slot_affine<D>(slot, row_of<T>(e), group + i, 0, chunk);
                     sum[e] += by.x * part[i][e];
                     if (HALVES) sum[e] += slot_affine<D>(slot, row_of<T>(e), group + i, 1, chunk).x * upper[i][e];
                     if (MINIMUM) sum[e] += by.y * whole[i][e];
@@ -311,7 +342,7 @@ struct Items {
 
 /* What a block does: `block` counts those of this product. */
 template <int D, int T, bool PAIR> __device__ __forceinline__ void stream_rows(const Product &p, const Shape &s, int block) {
-    constexpr int R = PAIR ? 2 : 1, STAGES = Slot<D>::STAGES, BYTES = Slot<D>::BYTES, SLOT_INPUTS = Slot<D>::VALUES / 32 * UNIT<T>;
+    constexpr int R = PAIR ? 2 : 1, STAGES = stages<D>(LARGE), BYTES = Slot<D>::BYTES, SLOT_INPUTS = Slot<D>::VALUES / 32 * UNIT<T>;
     extern __shared__ __align__(128) unsigned char memory[];
     launch_dependents();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -437,9 +468,9 @@ gemv_mixed(const __grid_constant__ Product p, const __grid_constant__ Shape s, c
 }
 
 /* Bytes of shared memory for a product on at most so many blocks; 0: it has too many columns. */
-template <int D, int T> int plan(Shape &s, const Product &p, int blocks) {
+template <int D, int T> int plan(Shape &s, const tops_stream *stream, const Product &p, int blocks) {
     const bool pair = p.mode == GATE_UP;
-    const int lines = pair ? 2 : 1, slot_inputs = Slot<D>::VALUES / 32 * UNIT<T>, ring = WARPS * Slot<D>::STAGES * Slot<D>::BYTES;
+    const int lines = pair ? 2 : 1, slot_inputs = Slot<D>::VALUES / 32 * UNIT<T>, ring = WARPS * stages<D>(is_large(stream)) * Slot<D>::BYTES;
     int tiles = 0;
     for (int i = 0; i < (pair ? 1 : p.count); i++) {
         s.part_tiles[i] = tiles;
@@ -459,7 +490,7 @@ template <int D, int T> int plan(Shape &s, const Product &p, int blocks) {
     for (int split = 1; split <= WARPS; split++) {
         const int64_t cost = ceil_div(most * split, WARPS) * (ceil_div(s.per_phase, split) * lines + 1);
         const int partial = split * s.phases == 1 ? 0 : most * split * s.phases * lines * T * STREAM_ROWS * 4, needed = ring + s.per_phase * slot_inputs + partial;
-        if (cost < best && needed <= SHARED_MOST) best = cost, s.split = split, shared = needed;
+        if (cost < best && needed + STATIC_MOST <= stream->shared_most) best = cost, s.split = split, shared = needed;
     }
     if (!shared) return 0;
     s.steps_tile = WARPS / s.split;
@@ -469,7 +500,7 @@ template <int D, int T> int plan(Shape &s, const Product &p, int blocks) {
         s.least[last] = count / s.split;
         s.more[last] = count % s.split;
     }
-    return T == 1 && p.norm && shared < SHARED_ALONE ? SHARED_ALONE : shared;
+    return T == 1 && p.norm && shared < SHARED_ALONE && stream->shared_most > 2 * SHARED_ALONE - (4 << 10) ? SHARED_ALONE : shared;
 }
 
 template <int D, int T> int run(tops_stream *stream, const Product &p, const Product *kept) {
@@ -481,11 +512,11 @@ template <int D, int T> int run(tops_stream *stream, const Product &p, const Pro
     int blocks = stream->multiprocessors, shared = 1;
     if constexpr (D != TOPS_BF16)
         if (kept) {   /* two tiles for each of its blocks, and as many less for the others */
-            shared = plan<TOPS_BF16, T>(kept_shape, *kept, max((int)ceil_div(kept->rows, 2 * STREAM_ROWS), 1));
+            shared = plan<TOPS_BF16, T>(kept_shape, stream, *kept, max((int)ceil_div(kept->rows, 2 * STREAM_ROWS), 1));
             blocks = max(blocks - kept_shape.blocks, 1);
         }
-    const int own = plan<D, T>(s, p, blocks);
-    REQUIRE_SUPPORTED(own && shared, "cols: %lld are too many for this kernel", (long long)p.cols);
+    const int own = plan<D, T>(s, stream, p, blocks);
+    if (!own || !shared) return TOPS_UNSUPPORTED;   /* the caller has other kernels */
     if constexpr (D != TOPS_BF16)
         if (kept) return start(gemv_mixed<D, T>, s.blocks + kept_shape.blocks, max(own, shared), p, s, *kept, kept_shape);
     return p.mode == GATE_UP ? start(gemv_kernel<D, T, true>, s.blocks, own, p, s) : start(gemv_kernel<D, T, false>, s.blocks, own, p, s);

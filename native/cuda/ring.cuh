@@ -20,7 +20,6 @@ template <int D> struct Slot {
     static constexpr int HIGH = 128 * STREAM_ROWS, SCALES = HIGH + (QUANTISED ? HIGH_PLANES * 4 * BLOCKS * STREAM_ROWS : 0);
     static constexpr int SUPERS = SCALES + SCALE_ROW * STREAM_ROWS;
     static constexpr int BYTES = SUPERS + SUPER_ROW * STREAM_ROWS;
-    static constexpr int STAGES = BYTES > 1280 ? 4 : 5;
 };
 
 /* Copies are of 4 or 16 bytes, so a row's scales must begin at a multiple of 4. */
@@ -61,7 +60,7 @@ template <int D> struct Source {
         for (int i = 0; i < 2; i++) left[i] = row + lane / 8 + 4 * i < m.rows ? columns - lane % 8 * PIECE_VALUES : 0;
         if (S::QUANTISED && S::HIGH_PLANES) high = m.high + place;
         if (S::QUANTISED && S::HIGH_PLANES > 1) higher = m.higher + place;
-        if (SCALE_COPIES) {   /* a lane's word; of two, the second lies 32 / SCALE_WORDS rows further down */
+        if constexpr (SCALE_COPIES > 0) {   /* a lane's word; of two, the second lies 32 / SCALE_WORDS rows further down */
             const int scale_row = min(lane / SCALE_WORDS, (int)STREAM_ROWS - 1), word = lane % SCALE_WORDS;
             const int64_t from = min(row + scale_row, m.rows - 1);
             if (D == TOPS_FP8_E4M3) scales = reinterpret_cast<const unsigned char *>(m.fp8_scales + from / 128 * ((m.cols + 127) / 128) + chunk);
@@ -85,7 +84,7 @@ template <int D> struct Source {
         low += 128;
         high += 8;
         higher += 8;
-        if (SCALE_COPIES) {
+        if constexpr (SCALE_COPIES > 0) {
             if (SCALE_COPIES * 32 == SCALE_WORDS * STREAM_ROWS || lane < SCALE_WORDS * STREAM_ROWS) copy_async_bytes<4>(slot + S::SCALES + lane * 4, scales, scales_left > 0);
             if (SCALE_COPIES > 1) copy_async_bytes<4>(slot + S::SCALES + (lane + 32) * 4, scales + max(scales_step, 0), scales_step >= 0 && scales_left > 0);
             scales += S::SCALE_ROW;

@@ -74,6 +74,7 @@ int tops_stream_create(tops_stream **stream, int32_t device, int32_t threads) {
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
     created->architecture = 10 * major + minor;
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&created->shared_most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (error == cudaSuccess) error = cudaStreamCreateWithFlags(&created->cuda, cudaStreamNonBlocking);
     if (error == cudaSuccess) error = cudaMalloc(reinterpret_cast<void **>(&created->counters), 4096 * sizeof(unsigned));
     if (error == cudaSuccess) error = cudaMemset(created->counters, 0, 4096 * sizeof(unsigned));

@@ -38,8 +38,8 @@ __global__ void __launch_bounds__(WARPS * 32) attend_spans(float *partial, float
                                                            const int32_t *positions, const int32_t *sequences, const int32_t *page_table, SpanShape s) {
     constexpr int P = LANES * 8, GROUPS = WARPS * 32 / LANES;
     __shared__ float group_out[GROUPS][H][P], group_maximum[GROUPS][H], group_sum[GROUPS][H];
-    wait_for_inputs();
     launch_dependents();
+    wait_for_inputs();
     const int split = blockIdx.x, chunks = (s.heads + H - 1) / H, kv_head = blockIdx.y / chunks, first_head = kv_head * s.heads + blockIdx.y % chunks * H;
     const int heads = min(H, (kv_head + 1) * s.heads - first_head), group = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     const int64_t t = blockIdx.z;
@@ -126,8 +126,8 @@ __global__ void __launch_bounds__(WARPS * 32) attend_spans(float *partial, float
 template <typename T>
 __global__ void merge_spans(T *out, const T *qkv, const float *partial, const float *maxima, const float *sums, SpanShape s) {
     __shared__ float shares[32];
-    wait_for_inputs();
     launch_dependents();
+    wait_for_inputs();
     const int64_t t = blockIdx.y, head = blockIdx.x, first = (t * s.h + head) * s.splits;
     if (threadIdx.x < 32) {   /* a lane for each split: at most 32 */
         const int i = threadIdx.x;

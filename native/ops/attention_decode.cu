@@ -247,10 +247,9 @@ __global__ void __launch_bounds__(THREADS, P == 256 ? 1 : 2) attend_few(bf16 *ou
     if (threadIdx.x == 0) {
         __threadfence();   /* of what the whole block wrote: the barrier comes before it */
         last = atomicInc(counters + t * s.g + kv_head, (unsigned)used - 1) == (unsigned)used - 1;   /* back to 0 by itself */
-        __threadfence();
     }
     __syncthreads();
-    if (!last) return;
+    if (!last) return;   /* what the others wrote lies in the second cache, where __ldcg reads it */
     auto load_parts = [&](float4 (&part)[16], int i, int index) {   /* all requested together */
         const int head = index / (P / 4), c = index % (P / 4);
 #pragma unroll

@@ -33,8 +33,8 @@ attend_rows(__nv_bfloat16 *out, float *partial, float *maxima, float *sums, cons
             tops_batch batch, SpanShape s) {
     extern __shared__ __align__(128) unsigned char memory[];
     __nv_bfloat16 *queries = reinterpret_cast<__nv_bfloat16 *>(memory), *stages = queries + ROWS * P;
-    wait_for_inputs();
     launch_dependents();
+    wait_for_inputs();
     constexpr int TOKENS = PACKED ? FEW : ROWS;
     const int split = blockIdx.z, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int kv_head = PACKED ? blockIdx.x : blockIdx.x / s.heads, first_head = PACKED ? kv_head * s.heads : blockIdx.x;

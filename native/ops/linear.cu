@@ -7,8 +7,8 @@ enum { FEW = 16, STREAM_NORM_MOST = 4096 };
 /* A block for each 1024 columns of a row; each of them sums the whole row for its norm, which costs less than another kernel. */
 template <typename T>
 __global__ void prepare_rows(__nv_bfloat16 *bf16, float *f32, int8_t *q8, float2 *steps, const T *x, const float *norm, int64_t d, float eps, bool round) {
-    wait_for_inputs();
     launch_dependents();
+    wait_for_inputs();
     const int64_t t = blockIdx.y, c = blockIdx.x * 1024 + threadIdx.x;
     const T *row = x + t * d;
     float value = c < d ? to_float(row[c]) : 0.0f;
@@ -29,8 +29,8 @@ __global__ void prepare_rows(__nv_bfloat16 *bf16, float *f32, int8_t *q8, float2
 }
 
 template <int D> __global__ void decode_rows(__nv_bfloat16 *out, Matrix w, int64_t blocks) {
-    wait_for_inputs();
     launch_dependents();
+    wait_for_inputs();
     int64_t block = blockIdx.x * (int64_t)blockDim.x + threadIdx.x;
     if (block >= blocks) return;
     float values[32];
@@ -43,8 +43,8 @@ template <int D> __global__ void decode_rows(__nv_bfloat16 *out, Matrix w, int64
     for (int i = 0; i < 4; i++) reinterpret_cast<uint4 *>(out + 32 * block)[i] = packed[i];
 }
 template <int D> __global__ void convert_rows(__nv_bfloat16 *out, Matrix w, int64_t count) {
-    wait_for_inputs();
     launch_dependents();
+    wait_for_inputs();
     for (int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; i < count; i += (int64_t)gridDim.x * blockDim.x)
         out[i] = __float2bfloat16(value_at<D>(w, i / w.cols, i % w.cols));
 }
@@ -195,7 +195,7 @@ static int run_streams(tops_stream *stream, void *out, const void *x, const floa
             row += w[i].rows;
             i++;
         } while (i < parts && w[i].dtype == formats[count]);
-        REQUIRE_SUPPORTED(mode != GATE_UP || product.count == 2, "w: gate and up must be in one format");
+        if (mode == GATE_UP && product.count != 2) return TOPS_UNSUPPORTED;
     }
     for (int i = 0; i < count; i++) {
         if (!groups[i].rows) continue;
@@ -230,7 +230,11 @@ static int run(tops_stream *stream, void *out, const void *x, const float *norm,
     const bool many = n > FEW && round && cols % 8 == 0 && dtype == TOPS_BF16;
     if (many) integers = false, others = true;
 
-    if (!many && streams(w, parts, n, norm != nullptr, dtype)) return run_streams(stream, out, x, norm, w, parts, n, eps, mode, out_f32);
+    if (!many && streams(w, parts, n, norm != nullptr, dtype)) {
+        status = run_streams(stream, out, x, norm, w, parts, n, eps, mode, out_f32);
+        if (status != TOPS_UNSUPPORTED) return status;   /* otherwise the inputs do not fit into shared memory */
+        status = TOPS_OK;
+    }
 
     Scratch scratch(stream);
     Inputs in{};

@@ -4,8 +4,8 @@
 enum { HEAD_MAX = 256 };
 
 __global__ void rope_angles(float *table, const int32_t *positions, const float *inv_freq, int64_t n, int64_t half) {
-    wait_for_inputs();
     launch_dependents();
+    wait_for_inputs();
     int64_t at = blockIdx.x * (int64_t)blockDim.x + threadIdx.x;
     if (at >= n * half) return;
     float s, c;
@@ -24,8 +24,8 @@ int tops_rope_table(tops_stream *stream, float *table, const int32_t *positions,
 template <typename T, typename C>
 __global__ void norm_rope_store(T *qkv, C *cache_k, C *cache_v, const int32_t *slots, const float *table, const float *q_norm, const float *k_norm,
                                 int h, int g, int p, int r, int pairs, int64_t row_cols, int page_size, float eps) {
-    wait_for_inputs();
     launch_dependents();
+    wait_for_inputs();
     int head = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
     int64_t t = blockIdx.y;
     if (head >= h + 2 * g) return;

@@ -2,8 +2,8 @@
 #include "../cuda/formats.cuh"
 
 template <int D, typename T> __global__ void embed_rows(T *out, Matrix w, const int32_t *ids) {
-    wait_for_inputs();
     launch_dependents();
+    wait_for_inputs();
     int64_t id = ids[blockIdx.x];
     T *to = out + blockIdx.x * w.cols;
     if (id < 0 || id >= w.rows) {
@@ -37,8 +37,8 @@ int tops_embed(tops_stream *stream, void *out, const tops_weight *w, const int32
 }
 
 template <typename T> __global__ void gather(T *out, const T *in, const int32_t *rows, int64_t d) {
-    wait_for_inputs();
     launch_dependents();
+    wait_for_inputs();
     const T *from = in + rows[blockIdx.x] * d;
     for (int64_t c = threadIdx.x; c < d; c += blockDim.x) out[blockIdx.x * d + c] = from[c];
 }
@@ -51,8 +51,8 @@ int tops_gather_rows(tops_stream *stream, void *out, const void *in, const int32
 }
 
 template <typename T> __global__ void norm_rows(T *out, const T *x, const float *weight, int64_t d, float eps) {
-    wait_for_inputs();
     launch_dependents();
+    wait_for_inputs();
     const T *row = x + blockIdx.x * d;
     float sum = 0;
     for (int64_t c = threadIdx.x; c < d; c += blockDim.x) sum += to_float(row[c]) * to_float(row[c]);
@@ -68,8 +68,8 @@ int tops_rms_norm(tops_stream *stream, void *out, const void *x, const float *we
 }
 
 template <typename T> __global__ void silu_products(T *out, const T *x, int64_t n, int64_t i) {
-    wait_for_inputs();
     launch_dependents();
+    wait_for_inputs();
     for (int64_t at = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; at < n * i; at += (int64_t)gridDim.x * blockDim.x) {
         const T *row = x + at / i * 2 * i;
         out[at] = from_float<T>(silu(to_float(row[at % i])) * to_float(row[i + at % i]));

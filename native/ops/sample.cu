@@ -98,8 +98,8 @@ __device__ uint32_t threshold(const float *row, int64_t v, float highest, float 
 }
 
 __global__ void draw(int32_t *ids, float *logprobs, const float *logits, const tops_sampling *sampling, const int32_t *positions, int64_t v) {
-    wait_for_inputs();
     launch_dependents();
+    wait_for_inputs();
     int64_t t = blockIdx.x;
     const float *row = logits + t * v;
     tops_sampling s = sampling[t];
