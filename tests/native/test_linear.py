@@ -91,7 +91,8 @@ def test_linear_with_8_bit_activations(backend, rng, dtype, n):
 def test_rms_norm_linear_of_stacked_parts_in_mixed_formats(backend, rng, activations, n):
     d = 256
     parts, values = [], []
-    for dtype, rows in ((DType.Q4_1, 48), (DType.BF16, 52), (DType.Q8_0, 20), (DType.BF16, 7), (DType.Q6_K, 33), (DType.F32, 5)):
+    mixture = ((DType.Q4_1, 48), (DType.BF16, 52), (DType.Q8_0, 20), (DType.BF16, 7), (DType.Q6_K, 33), (DType.F32, 5))
+    for dtype, rows in mixture[: None if backend.kind == "cpu" else 4]:   # a GPU takes four
         data, value, _ = random_weight(rng, dtype, rows, d)
         parts.append((data, dtype, rows, d, None))
         values.append(value)
