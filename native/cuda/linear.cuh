@@ -4,6 +4,7 @@
 #include "formats.cuh"
 
 enum Mode { STORE, ADD, STORE_F32, GATE_UP };
+enum { STREAM_NORM_MOST = 4096 };   /* columns that a streaming product norms */
 
 /* A row of activations as a product reads it: bf16, f32, or 8-bit integers with (scale, scale * sum) for each 32 of them. */
 struct Inputs {

@@ -2,7 +2,7 @@
 #include "../cuda/linear.cuh"
 #include "../cuda/ring.cuh"
 
-enum { FEW = 16, STREAM_NORM_MOST = 4096 };
+enum { FEW = 16 };
 
 /* A block for each 1024 columns of a row; each of them sums the whole row for its norm, which costs less than another kernel. */
 template <typename T>
