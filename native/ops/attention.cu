@@ -139,10 +139,8 @@ __global__ void merge_spans(T *out, const T *qkv, const float *partial, const fl
     for (int c = threadIdx.x; c < s.p; c += blockDim.x) {
         float value = 0;
 #pragma unroll 8
-        for (int i = 0; i < s.splits; i++) {   /* an empty span left nothing, but what lies there may be read */
-            const float part = __ldcg(partial + (first + i) * s.p + c);
-            value += shares[i] > 0 ? part * shares[i] : 0.0f;
-        }
+        for (int i = 0; i < s.splits; i++)   /* an empty span left nothing */
+            value += shares[i] > 0 ? __ldcg(partial + (first + i) * s.p + c) * shares[i] : 0.0f;
         if (s.gated) value *= sigmoid(to_float(qkv[t * s.row_cols + (int64_t)(s.h + 2 * s.g + head) * s.p + c]));
         out[(t * s.h + head) * s.p + c] = from_float<T>(value);
     }
