@@ -1,5 +1,6 @@
-/* Products of up to 16 rows of activations: memory-bound, so each weight is read once, in 16-byte pieces, by one warp for each row of
- * the matrix. The first pieces are requested before the kernel waits for its predecessor: weights never change. */
+/* Products of up to 16 rows of activations that do not stream (gemv_stream.cuh): f32 storage, f32 and f16 weights, 8-bit activations, odd widths.
+ * Each weight is read once, in 16-byte pieces, by one warp for each row of the matrix; the first pieces are requested before the kernel waits for
+ * its predecessor: weights never change. */
 #include "linear.cuh"
 
 enum { WARPS = 8 };
