@@ -143,9 +143,7 @@ class Runner:
 
     def tokens(self, count: int) -> list[int]:
         """Wait for the step; the tokens that it drew."""
-        self._drawn.download(count)
-        self.backend.synchronize()
-        return self._drawn.values[:count].tolist()
+        return self._drawn.fetch(count)
 
     def _run(self, draw: Draw | None, count: int) -> Tensor:
         logits = self._plugin.forward(self._config, self._weights, self._workspace, self._batch, self._cache)

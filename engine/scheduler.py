@@ -80,8 +80,10 @@ class Scheduler:
         """Empty if nothing waits."""
         if not self.sequences:
             return []
-        urgent = min([s.priority for s in self.sequences])
-        chosen = [s for s in self.sequences if s.priority == urgent][:self._most_sequences]
+        chosen = self.sequences
+        if len(chosen) > 1:
+            urgent = min([s.priority for s in chosen])
+            chosen = [s for s in chosen if s.priority == urgent][:self._most_sequences]
         work = [Work(s, 1) for s in chosen if s.started and s.waiting_tokens == 1]
         if len(work) == len(chosen):
             return work

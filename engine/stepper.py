@@ -198,9 +198,12 @@ class Stepper:
         drawing: list[Sequence] = []
         masks: list[bytes | None] = []
         others: list[Work] = []
+        kept: list[tuple[int, Sequence]] = []
         for sequence, count in work:   # rows that give logits come first, so that theirs are the first rows of the result
             if count == sequence.waiting_tokens and sequence.params.max_tokens > 0:
                 rows.append(Row(sequence.ids, sequence.computed, count, sequence.pages, 1, *sequence.keep))
+                if sequence.params.keep_logits and sequence.stream.first_logits is None:
+                    kept.append((len(drawing), sequence))
                 drawing.append(sequence)
                 masks.append(self._allowed(sequence) if sequence.required else None)
             else:
@@ -210,21 +213,20 @@ class Stepper:
         logits = self._runner.forward(rows, drawing, masks)
         self._deliver()
         tokens = self._runner.tokens(len(drawing))
-        for row, sequence in enumerate(drawing):
-            if sequence.params.keep_logits and sequence.stream.first_logits is None:
-                sequence.stream.first_logits = self._runner.row_of(logits, row)
-        prompt_tokens = 0
+        for row, sequence in kept:
+            sequence.stream.first_logits = self._runner.row_of(logits, row)
+        prompt_tokens = computed = 0
         for sequence, count in work:
-            new = max(0, min(sequence.prompt_length - sequence.computed, count))
-            sequence.stream.stats.computed_tokens += new
-            prompt_tokens += new
+            if (left := sequence.prompt_length - sequence.computed) > 0:
+                sequence.stream.stats.computed_tokens += min(left, count)
+                prompt_tokens += min(left, count)
             if self._checkpoints:
                 self._checkpoints.settle(sequence)
             sequence.computed += count
+            computed += count
         self._steps += 1
         self._computed += prompt_tokens
         self._generated += len(tokens)
-        computed = sum(count for _, count in work)
         if prompt_tokens > len(work) or computed == 1:
             self._scheduler.learn(computed, perf_counter() - begin)
         for sequence, token in zip(drawing, tokens):

@@ -44,7 +44,7 @@ class Tensor:
 
 class Mirror:
     """A tensor of 32-bit integers that the host writes or reads in every step, as `values`. On a CPU they are the tensor itself; for
-    another device they are pinned, and `upload` and `download` copy them behind the work before."""
+    another device they are pinned, and `upload` and `fetch` copy them behind the work before."""
 
     __slots__ = ("tensor", "values", "_shared")
 
@@ -59,10 +59,13 @@ class Mirror:
         if not self._shared:
             self.tensor.backend.copy_in_async(self.tensor, self.values[:count])
 
-    def download(self, count: int) -> None:
-        """The first `count` values, readable after the backend's synchronize()."""
+    def fetch(self, count: int) -> list[int]:
+        """The first `count` values, when the work before is done."""
         if not self._shared:
-            self.tensor.backend.copy_out_async(self.values[:count], self.tensor)
+            backend = self.tensor.backend
+            backend.copy_out_async(self.values[:count], self.tensor)
+            backend.synchronize()
+        return self.values[:count].tolist()
 
 
 class Weight:
