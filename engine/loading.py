@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from fnmatch import fnmatchcase
 from math import inf, prod
 from pathlib import Path
 from typing import Any
@@ -191,9 +190,9 @@ def _mapped_bytes(checkpoint: Checkpoint, backend: Backend, experts: str, fits: 
         return 0
     if backend.kind != "cpu":
         raise EngineError(f"experts 'file' cannot be used on {backend.device}, which cannot read a file: use experts 'auto' or --device cpu")
-    return sum(t.nbytes for n, t in checkpoint.tensors.items()
+    return sum(t.nbytes for t in checkpoint.tensors.values()
                if t.dtype is not None and t.shape and backend.reads_in_place(t.dtype, t.shape[-1])
-               and any(fnmatchcase(n, pattern) for pattern in checkpoint.plugin.experts))
+               and t.named(checkpoint.plugin.experts))
 
 
 def _cache_dtype(cache: str, rounding: DType, backend: Backend) -> DType:

@@ -14,7 +14,6 @@ import struct
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
 from typing import BinaryIO
@@ -61,7 +60,7 @@ def quantized(name: str, tensors: dict[str, TensorInfo], weights: str, exact: Se
 
 def _format(tensor: TensorInfo, wanted: DType, exact: Sequence[str]) -> DType | None:
     """What a tensor is rounded to; None if it stays."""
-    if tensor.dtype not in _ROUNDED or len(tensor.shape) < 2 or tensor.shape[-1] % 32 or any(fnmatchcase(tensor.name, p) for p in exact):
+    if tensor.dtype not in _ROUNDED or len(tensor.shape) < 2 or tensor.shape[-1] % 32 or tensor.named(exact):
         return None
     dtype = DType.Q8_0 if tensor.name in _VOCABULARY else wanted
     return None if tensor.dtype == DType.FP8_E4M3 and dtype == DType.Q8_0 else dtype

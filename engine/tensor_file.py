@@ -7,6 +7,7 @@ import os
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
 
@@ -51,6 +52,10 @@ class TensorInfo:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+
+    def named(self, patterns: Iterable[str]) -> bool:
+        """Whether the name matches one of them, as file names do."""
+        return any(fnmatchcase(self.name, pattern) for pattern in patterns)
 
     @property
     def data(self) -> memoryview:

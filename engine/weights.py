@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable, Sequence
-from fnmatch import fnmatchcase
 from math import prod
 
 from inference_pio.engine.errors import BadCheckpoint
@@ -54,9 +53,10 @@ class WeightStore:
                 raise self._bad(stack[0] if stack else "experts", f"there must be {e} experts, not {len(stack)}")
             parts.append([self._part(name, cols, rows) for name in stack])
         names = [n for stack in stacks for n in ([stack] if isinstance(stack, (str, Rows)) else stack)]
-        if not all(self._stays(_name(entry)) for entry in names) or not all(self._backend.reads_in_place(part[0][1], cols) for part in parts):
+        tensors = [self._tensors[_name(entry)] for entry in names]
+        if not all(tensor.named(self._in_place) for tensor in tensors) or not all(self._backend.reads_in_place(part[0][1], cols) for part in parts):
             return self._packed(self._backend.pack_experts(parts, self._activations), names)
-        self.left |= {self._tensors[_name(entry)].file for entry in names}
+        self.left |= {tensor.file for tensor in tensors}
         return self._packed(self._backend.leave_experts(parts, self._activations), names)
 
     def vector(self, name: str, d: int, transform: Callable[[float], float] | None = None) -> Tensor:
@@ -99,9 +99,6 @@ class WeightStore:
             raise self._bad(name, f"is stored as {info.type_name}, which has no kernel; use a file in Q4_K, Q8_0 or bf16")
         self._taken.add(name)
         return info
-
-    def _stays(self, name: str) -> bool:
-        return any(fnmatchcase(name, pattern) for pattern in self._in_place)
 
     def _packed(self, weight: Weight, names: Sequence[str | Rows]) -> Weight:
         self.nbytes += weight.nbytes

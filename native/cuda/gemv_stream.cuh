@@ -97,7 +97,7 @@ template <int D, int T, bool PAIR> __device__ __forceinline__ void stream_rows(c
             begin();
         }
         if (asked.there(s)) source.fetch(slot, place, chunk++, lane);
-        copies_commit();
+        copy_commit();
     };
     begin();
 #pragma unroll 1
@@ -134,7 +134,7 @@ template <int D, int T, bool PAIR> __device__ __forceinline__ void stream_rows(c
 #pragma unroll
             for (int r = 0; r < R; r++)
                 for (int c = item.chunk; c < item.end; c++) {
-                    copies_wait<STAGES - 1>();
+                    copy_wait<STAGES - 1>();
                     __syncwarp();
                     multiply_slot<D, T>(sum[r], slot, inputs + (c - phase * s.per_phase) * SLOT_INPUTS, c);
                     __syncwarp();
@@ -225,8 +225,7 @@ template <int D, int T> int plan(Shape &s, const tops_stream *stream, const Prod
 
 template <int D, int T> int run(tops_stream *stream, const Product &p, const Product *kept) {
     auto start = [&](auto kernel, int blocks, int shared, auto... arguments) {
-        CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
-        return launch(stream, kernel, dim3((unsigned)blocks), dim3(THREADS), (size_t)shared, 1, arguments...);
+        return launch_wide(stream, kernel, dim3((unsigned)blocks), dim3(THREADS), (size_t)shared, arguments...);
     };
     Shape s{}, kept_shape{};
     int blocks = stream->multiprocessors, shared = 1;

@@ -3,6 +3,12 @@
 #include <cuda_bf16.h>
 #include <stdint.h>
 
+/* Two values of an operand, the first one in the lower half */
+__device__ inline uint32_t pair_of(float low, float high) {
+    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<uint32_t *>(&pair);
+}
+
 /* sum [16, 8] += left [16, 16] right [16, 8]; element e of sum is row lane / 4 + e / 2 * 8, column lane % 4 * 2 + e % 2 */
 __device__ inline void mma(float (&sum)[4], const uint32_t (&left)[4], const uint32_t *right) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"

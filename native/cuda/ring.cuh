@@ -7,6 +7,7 @@
 #pragma once
 
 #include "formats.cuh"
+#include "mma.cuh"
 
 enum { STREAM_ROWS = 8 };
 
@@ -31,13 +32,10 @@ static inline bool ring_supports(const tops_weight *w) {
 }
 
 #ifdef __CUDACC__
-template <int BYTES> __device__ inline void copy_async_bytes(void *to, const void *from, bool there) {
-    uint32_t at = (uint32_t)__cvta_generic_to_shared(to);
-    if (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(there ? 16 : 0) : "memory");
-    else asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(at), "l"(from), "r"(there ? 4 : 0) : "memory");
+/* As copy_async, of 4 bytes */
+__device__ inline void copy_word_async(void *to, const void *from, bool there) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from), "r"(there ? 4 : 0) : "memory");
 }
-__device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int LEFT> __device__ inline void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
 
 __device__ inline int piece_place(int row, int piece) { return row * 128 + ((piece ^ ((row & 1) << 2 | row >> 1)) << 4); }
 
@@ -76,22 +74,22 @@ template <int D> struct Source {
     __device__ void fetch(unsigned char *slot, int place, int chunk, int lane) {   /* place: of the lane's first piece */
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            copy_async_bytes<16>(slot + (i ? (place ^ 32) + 512 : place), low + i * low_step, left[i] > 0);
-            if (S::QUANTISED && S::HIGH_PLANES) copy_async_bytes<4>(slot + S::HIGH + (lane + 32 * i) * 4, high + i * (low_step / 16), left[i] > 0);
-            if (S::QUANTISED && S::HIGH_PLANES > 1) copy_async_bytes<4>(slot + S::HIGH + (64 + lane + 32 * i) * 4, higher + i * (low_step / 16), left[i] > 0);
+            copy_async(slot + (i ? (place ^ 32) + 512 : place), low + i * low_step, left[i] > 0);
+            if (S::QUANTISED && S::HIGH_PLANES) copy_word_async(slot + S::HIGH + (lane + 32 * i) * 4, high + i * (low_step / 16), left[i] > 0);
+            if (S::QUANTISED && S::HIGH_PLANES > 1) copy_word_async(slot + S::HIGH + (64 + lane + 32 * i) * 4, higher + i * (low_step / 16), left[i] > 0);
             left[i] -= S::VALUES;
         }
         low += 128;
         high += 8;
         higher += 8;
         if constexpr (SCALE_COPIES > 0) {
-            if (SCALE_COPIES * 32 == SCALE_WORDS * STREAM_ROWS || lane < SCALE_WORDS * STREAM_ROWS) copy_async_bytes<4>(slot + S::SCALES + lane * 4, scales, scales_left > 0);
-            if (SCALE_COPIES > 1) copy_async_bytes<4>(slot + S::SCALES + (lane + 32) * 4, scales + max(scales_step, 0), scales_step >= 0 && scales_left > 0);
+            if (SCALE_COPIES * 32 == SCALE_WORDS * STREAM_ROWS || lane < SCALE_WORDS * STREAM_ROWS) copy_word_async(slot + S::SCALES + lane * 4, scales, scales_left > 0);
+            if (SCALE_COPIES > 1) copy_word_async(slot + S::SCALES + (lane + 32) * 4, scales + max(scales_step, 0), scales_step >= 0 && scales_left > 0);
             scales += S::SCALE_ROW;
             scales_left -= S::VALUES;
         }
         if (S::SUPER_ROW) {
-            if (lane < STREAM_ROWS) copy_async_bytes<4>(slot + S::SUPERS + lane * 4, supers, supers_left > 0);
+            if (lane < STREAM_ROWS) copy_word_async(slot + S::SUPERS + lane * 4, supers, supers_left > 0);
             supers_left -= S::VALUES;
             supers += D == TOPS_Q6_K ? chunk % 2 * 4 : 4;
         }

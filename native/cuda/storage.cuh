@@ -21,10 +21,10 @@ template <typename Function> static int with_storage(int32_t dtype, Function f) 
     return dtype == TOPS_F32 ? f(float()) : f(bf16());
 }
 
-/* launch() of a kernel that wants more shared memory than every kernel may have */
+/* launch() of a kernel that may want more shared memory than every kernel may have: 48 KB, of which what it declares takes a part */
 template <typename... P, typename... A>
 static int launch_wide(tops_stream *stream, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, A... arguments) {
     CUDA(cudaSetDevice(stream->device));
-    if (shared > 48 << 10) CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
+    if (shared > 32 << 10) CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
     return launch(stream, kernel, grid, block, shared, 1, arguments...);
 }

@@ -2,14 +2,13 @@
 #pragma once
 
 #include "linear.cuh"
+#include "storage.cuh"
 
 namespace stream {
 constexpr int WARPS = 16, THREADS = WARPS * 32;
 static_assert(THREADS * 8 == STREAM_NORM_MOST, "a thread has eight columns of a normed row");
 
 #ifdef __CUDACC__
-typedef __nv_bfloat16 bf16;
-
 /* With one token (T 1) the matrix is the left operand, whose upper and lower 8 rows are both the tile's: a lane's 16 bytes of a row go in as
  * they are, and the right operand has what belongs to the first and third quarter of them in column 0, to the others in column 1. With more (T 16)
  * the tokens are the left operand. So inputs lie in shared memory by units of 32 columns, of which lane % 4 has 8, four pairs, as
@@ -34,10 +33,6 @@ template <int D, int T> __device__ inline void put_columns(unsigned char *inputs
     } else {
         reinterpret_cast<uint4 *>(to)[(half * 8 + t) * 4 + quad] = make_uint4(v.x, w.x, v.y, w.y);
     }
-}
-__device__ inline uint32_t pack_pair(float a, float b) {
-    __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
-    return *reinterpret_cast<uint32_t *>(&pair);
 }
 
 __device__ inline uint4 eight_columns(const Product &p, int t, int c) {   /* zeros beyond the matrix */
@@ -121,8 +116,8 @@ template <int D, int T> __device__ inline void take_normed(unsigned char *inputs
                 }
                 const float factor = rsqrtf(total / (float)p.cols + p.eps);
                 eight_floats(rows[i], v);
-                rows[i] = make_uint4(pack_pair(v[0] * factor * norm[0].x, v[1] * factor * norm[0].y), pack_pair(v[2] * factor * norm[0].z, v[3] * factor * norm[0].w),
-                                     pack_pair(v[4] * factor * norm[1].x, v[5] * factor * norm[1].y), pack_pair(v[6] * factor * norm[1].z, v[7] * factor * norm[1].w));
+                rows[i] = make_uint4(pair_of(v[0] * factor * norm[0].x, v[1] * factor * norm[0].y), pair_of(v[2] * factor * norm[0].z, v[3] * factor * norm[0].w),
+                                     pair_of(v[4] * factor * norm[1].x, v[5] * factor * norm[1].y), pair_of(v[6] * factor * norm[1].z, v[7] * factor * norm[1].w));
             }
             put_group<D, T>(inputs, g, c, rows);
         }

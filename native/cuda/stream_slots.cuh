@@ -1,7 +1,6 @@
 /* A slot of weights (ring.cuh) times the inputs (stream_inputs.cuh): weights become bf16 in registers and go into tensor cores. */
 #pragma once
 
-#include "mma.cuh"
 #include "ring.cuh"
 #include "stream_inputs.cuh"
 

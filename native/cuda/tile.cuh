@@ -10,11 +10,6 @@ static __device__ inline uint4 load_once(const void *from) {   /* read once per 
     return v;
 }
 
-static __device__ inline uint32_t pair_of(float low, float high) {
-    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return *(uint32_t *)&pair;
-}
-
 /* What a lane holds of one tile: codes as they lie in memory, scales of rows lane / 4 and + 8 by group of columns. */
 template <tile_kind KIND> struct tile {
     static constexpr int words = tile_bytes(KIND) / 512, groups = has_scales(KIND) ? TILE_COLS / group_cols(KIND) : 1;

@@ -13,11 +13,6 @@ template <int P> constexpr int PITCH = P + 8;          /* of rows in shared memo
 template <int P> constexpr int RESULT_PITCH = P + 4;
 template <int P> constexpr int shared_bytes() { return (HEADS + 2 * ROWS + TILE) * PITCH<P> * (int)sizeof(bf16); }
 
-__device__ inline uint32_t pair(float low, float high) {
-    __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<uint32_t *>(&both);
-}
-
 template <int P, bool FUSED>
 __global__ void __launch_bounds__(THREADS, P == 256 ? 1 : 2) attend_few(bf16 *out, float *partial, float2 *softmax, unsigned *counters, const bf16 *qkv, bf16 *cache_k, bf16 *cache_v,
                                                       const __grid_constant__ tops_batch batch, const __grid_constant__ SpanShape s, const __grid_constant__ Rope rope) {
@@ -168,7 +163,7 @@ __global__ void __launch_bounds__(THREADS, P == 256 ? 1 : 2) attend_few(bf16 *ou
                 total += score[j][e];
             }
         highest = most;
-        const uint32_t right[2] = {pair(score[0][0], score[0][1]), pair(score[1][0], score[1][1])};
+        const uint32_t right[2] = {pair_of(score[0][0], score[0][1]), pair_of(score[1][0], score[1][1])};
         if (tile != from) {
             const float by[2] = {__shfl_sync(0xffffffff, shrink, 8 * quad), __shfl_sync(0xffffffff, shrink, 8 * quad + 4)};
 #pragma unroll

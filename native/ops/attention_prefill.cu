@@ -3,15 +3,10 @@
  * of shared memory, so that the next ones travel while these are used. Of few rows behind a long past (PACKED) a block takes 16 for all query
  * heads of a key-value head, a head for each warp, and the past is cut into spans, as in decoding. */
 #include "../cuda/attention.cuh"
-#include "../cuda/mma.cuh"
+#include "../cuda/storage.cuh"
 
 namespace {
 constexpr int ROWS = 128, KEYS = 64, THREADS = 256, FEW = 16;
-
-__device__ inline uint32_t pair(float low, float high) {
-    __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<uint32_t *>(&both);
-}
 
 /* A row is P values; its 16-byte pieces are permuted by the row's number against bank conflicts. */
 template <int P> __device__ inline __nv_bfloat16 *place(__nv_bfloat16 *base, int row, int piece) { return base + row * P + ((piece ^ (row & 7)) << 3); }
@@ -119,8 +114,8 @@ attend_rows(__nv_bfloat16 *out, float *partial, float *maxima, float *sums, cons
             }
 #pragma unroll
         for (int kk = 0; kk < KEYS / 16; kk++) {
-            uint32_t a[4] = {pair(score[2 * kk][0], score[2 * kk][1]), pair(score[2 * kk][2], score[2 * kk][3]),
-                             pair(score[2 * kk + 1][0], score[2 * kk + 1][1]), pair(score[2 * kk + 1][2], score[2 * kk + 1][3])};
+            uint32_t a[4] = {pair_of(score[2 * kk][0], score[2 * kk][1]), pair_of(score[2 * kk][2], score[2 * kk][3]),
+                             pair_of(score[2 * kk + 1][0], score[2 * kk + 1][1]), pair_of(score[2 * kk + 1][2], score[2 * kk + 1][3])};
 #pragma unroll
             for (int j = 0; j < P / 16; j++) {
                 uint32_t b[4];
@@ -177,8 +172,7 @@ template <int P> int run(tops_stream *stream, __nv_bfloat16 *out, const __nv_bfl
         REQUIRE_SCRATCH(sums = scratch.take<float>(n * s.h * s.splits));
     }
     auto start = [&](auto kernel) {
-        CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-        return launch(stream, kernel, dim3((unsigned)columns, (unsigned)tiles, (unsigned)s.splits), dim3(THREADS), bytes, 1, out, partial, maxima, sums, qkv,
+        return launch_wide(stream, kernel, dim3((unsigned)columns, (unsigned)tiles, (unsigned)s.splits), dim3(THREADS), bytes, out, partial, maxima, sums, qkv,
                       static_cast<const __nv_bfloat16 *>(kv->k), static_cast<const __nv_bfloat16 *>(kv->v), *batch, s);
     };
     int status = packed ? start(attend_rows<P, true>) : start(attend_rows<P, false>);

@@ -45,11 +45,11 @@ static int check(const char *name, const tops_weight *w, int64_t e, int64_t rows
 }
 
 /* bf16 and tiles throughout, and rows of whole tiles */
-static bool by_tiles(const expert_arguments &a, int parts, int32_t dtype) {
-    bool tiles = dtype == TOPS_BF16 && a.cols % TILE_COLS == 0;
+static bool by_tiles(const tops_weight *w, const tops_weight *shared, int parts, int32_t dtype) {
+    bool tiles = dtype == TOPS_BF16 && w->cols % TILE_COLS == 0;
     for (int part = 0; part < parts; part++)
-        tiles = tiles && !is_rows(kind_of(a.w[part].dtype)) && !is_rows(kind_of(a.shared[part].dtype)) && a.w[part].dtype == a.w[0].dtype &&
-                a.shared[part].dtype == a.shared[0].dtype;
+        tiles = tiles && !is_rows(kind_of(w[part].dtype)) && !is_rows(kind_of(shared[part].dtype)) && w[part].dtype == w[0].dtype &&
+                shared[part].dtype == shared[0].dtype;
     return tiles;
 }
 
@@ -60,7 +60,6 @@ static int prepare(expert_arguments &a, int parts, void *out, const void *x, con
         int status = check("w", &w[part], e, shared->rows, w->cols);
         if (!status) status = check("shared", &shared[part], 1, shared->rows, w->cols);
         if (status) return status;
-        a.w[part] = w[part], a.shared[part] = shared[part];
         a.first[part] = expert_matrix(w[part], 0, e), a.own[part] = expert_matrix(shared[part], 0, 1);
         a.stride[part] = a.scale_stride[part] = packed_bytes(a.first[part].kind, a.first[part].rows, a.first[part].cols);
         if (a.first[part].kind == TILES_FP8) a.scale_stride[part] = ceil_div(a.first[part].rows, 128) * ceil_div(a.first[part].cols, 128) * 4;
@@ -75,7 +74,7 @@ int tops_experts_gate_up_silu(tops_stream *stream, void *out, const void *x, con
     expert_arguments a = {};
     int status = prepare(a, 2, out, x, experts, nullptr, w, shared, n, e, k);
     if (status || n == 0) return status;
-    if (by_tiles(a, 2, dtype)) return n <= FEW ? experts_gate_up_few(stream, a) : experts_gate_up_many(stream, a);
+    if (by_tiles(w, shared, 2, dtype)) return n <= FEW ? experts_gate_up_few(stream, a) : experts_gate_up_many(stream, a);
     return with_storage(dtype, [&](auto t) { return launch(stream, gate_up_plain<decltype(t)>, dim3(ceil_div(a.rows, 8), n * (k + 1)), 256, 0, 1, a); });
 }
 
@@ -84,6 +83,6 @@ int tops_experts_down_add(tops_stream *stream, void *out, const void *x, const i
     expert_arguments a = {};
     int status = prepare(a, 1, out, x, experts, shares, w, shared, n, e, k);
     if (status || n == 0) return status;
-    if (by_tiles(a, 1, dtype)) return n <= FEW ? experts_down_few(stream, a) : experts_down_many(stream, a);
+    if (by_tiles(w, shared, 1, dtype)) return n <= FEW ? experts_down_few(stream, a) : experts_down_many(stream, a);
     return with_storage(dtype, [&](auto t) { return launch(stream, down_plain<decltype(t)>, dim3(ceil_div(a.rows, 8), n), 256, 0, 1, a); });
 }

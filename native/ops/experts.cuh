@@ -5,8 +5,7 @@
 enum { FEW = 16 };      /* tokens that take the kernels for few */
 
 struct expert_arguments {
-    tops_weight w[2], shared[2];       /* gate and up, or down; w is a stack of e */
-    matrix first[2], own[2];           /* expert 0 of the stack, the shared expert */
+    matrix first[2], own[2];           /* gate and up, or down: of expert 0 of the stack, of the shared expert */
     int64_t stride[2], scale_stride[2];/* bytes from one expert to the next */
     const int32_t *experts;            /* [n, k] */
     const float *shares;               /* [n, k + 1] */

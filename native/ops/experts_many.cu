@@ -49,17 +49,13 @@ static int sort_pairs(tops_stream *stream, const expert_arguments &a, Scratch &s
 /* The routed pairs, then the shared expert, into rows token (k + 1) + choice of out. */
 static int multiply(tops_stream *stream, const expert_arguments &a, const sorted_pairs &s, bf16 *out, int matrices) {
     many_arguments job = {};
-    for (int i = 0; i < matrices; i++) {
-        job.m[i] = expert_matrix(a.w[i], 0, a.e);
-        job.stride[i] = packed_bytes(job.m[i].kind, a.rows, a.cols);
-        job.scale_stride[i] = job.m[i].kind == TILES_FP8 ? ceil_div(a.rows, 128) * ceil_div(a.cols, 128) * 4 : job.stride[i];
-    }
+    for (int i = 0; i < matrices; i++) job.m[i] = a.first[i], job.stride[i] = a.stride[i], job.scale_stride[i] = a.scale_stride[i];
     job.x = (const bf16 *)a.x, job.pitch = a.cols, job.n = a.n * a.k;
     job.list = s.list, job.list_length = s.length, job.order = s.order, job.starts = s.starts, job.k = a.k, job.by_token = matrices == 2;
     job.out = out, job.out_cols = a.rows;
     int status = many_rows(stream, job, matrices, s.entries);
     job.list = nullptr;
-    for (int i = 0; i < matrices; i++) job.m[i] = expert_matrix(a.shared[i], 0, 1), job.stride[i] = job.scale_stride[i] = 0;
+    for (int i = 0; i < matrices; i++) job.m[i] = a.own[i], job.stride[i] = job.scale_stride[i] = 0;
     job.n = a.n, job.x_step = matrices == 2 ? 1 : a.k + 1, job.x_first = matrices == 2 ? 0 : a.k, job.out_step = a.k + 1, job.out_first = a.k;
     return status ? status : many_rows(stream, job, matrices, ceil_div(a.n, 64));
 }
