@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from math import prod
 
 from inference_pio.native import library
@@ -18,22 +17,18 @@ __all__ = ["Backend", "Batch", "DeviceFailed", "Graph", "KV", "NoDevice", "OutOf
            "TensorOpsError", "Weight"]
 
 
-@dataclass
 class Graph:
-    """A recorded step. On a GPU `native` is the device's graph; elsewhere the calls themselves are replayed."""
+    """A recorded step, which the library keeps. It points to the tensors of the step and is of no use without them."""
 
-    backend: Backend
-    calls: list[tuple] = field(default_factory=list)   # (function, arguments)
-    native: object = None
+    __slots__ = ("backend", "native")
+
+    def __init__(self, backend: Backend):
+        self.backend, self.native = backend, backend.ffi.NULL
 
     def launch(self) -> None:
         backend = self.backend
-        if self.native is not None:
-            backend.check(backend.lib.tops_graph_launch(backend.stream, self.native))
-            return
-        for function, arguments in self.calls:
-            if status := function(*arguments):
-                backend.check(status)
+        if status := backend.lib.tops_graph_launch(backend.stream, self.native):
+            backend.check(status)
 
 
 class Backend:
@@ -232,22 +227,17 @@ class Backend:
     # ---- recorded steps --------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def record(self) -> Iterator[Graph]:
-        """Ops called inside are kept in the graph's `calls` and not run. Equal steps give equal calls."""
-        graph = Graph(self)
-        self.recording = graph.calls
+    def record(self) -> Iterator[list[tuple]]:
+        """Ops called inside are kept as (function, arguments) and not run. Equal steps give equal calls."""
+        self.recording = calls = []
         try:
-            yield graph
+            yield calls
         finally:
             self.recording = None
 
     @contextmanager
     def capture(self) -> Iterator[Graph]:
-        """A step to be launched many times: on a GPU a device graph, elsewhere the recorded calls."""
-        if self.kind == "cpu":
-            with self.record() as graph:
-                yield graph
-            return
+        """Ops called inside are recorded by the library and not run, to be launched many times."""
         graph, handle = Graph(self), self.ffi.new("tops_graph **")
         self.check(self.lib.tops_graph_begin(self.stream))
         try:

@@ -4,8 +4,7 @@ batch, accepting the token.
     python engine/benchmarks/decode_overhead.py [--model smollm2-135m]
 
 The engine decodes as it always does, with a clock around the launch of the recorded calls. Of each step it tells the time in those calls
-and the rest, which is the host's overhead; then what as many calls through cffi cost that do nothing, which is inside the launch. Nobody
-reads the tokens before the last: waking a reader for each is the reader's cost.
+and the rest, which is the host's overhead. Nobody reads the tokens before the last: waking a reader for each is the reader's cost.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from statistics import median
 from time import perf_counter, process_time
 
 from inference_pio.engine import Engine, SamplingParams, TokenPrompt
-from inference_pio.native.backend import Backend, Graph
+from inference_pio.native.backend import Graph
 
 PROMPT, DECODE = 64, 64
 
@@ -29,30 +28,19 @@ class TimedLaunches:
         self._clock = clock
 
     def __enter__(self) -> TimedLaunches:
-        self.seconds, self.calls, self._launch = 0.0, 0, Graph.launch
+        self.seconds, self._launch = 0.0, Graph.launch
 
         def launch(graph: Graph) -> None:
             start = self._clock()
             self._launch(graph)
             graph.backend.synchronize()
             self.seconds += self._clock() - start
-            self.calls = len(graph.calls)
 
         Graph.launch = launch
         return self
 
     def __exit__(self, *exception) -> None:
         Graph.launch = self._launch
-
-
-def empty_calls(count: int) -> float:
-    """Seconds of that many calls that do nothing."""
-    with Backend.open("cpu", 1) as backend:
-        call, stream = backend.lib.tops_stream_synchronize, backend.stream
-        start = perf_counter()
-        for _ in range(100 * count):
-            call(stream)
-        return (perf_counter() - start) / 100
 
 
 def main() -> None:
@@ -77,11 +65,10 @@ def main() -> None:
             steps.append((clock() - start) / (DECODE + 1))
             inside.append(launches.seconds / (DECODE + 1))
         result = {"model": engine.info.name, "build": engine.info.build, "step_us": median(steps) * 1e6, "calls_us": median(inside) * 1e6,
-                  "overhead": median(1 - ops / step for step, ops in zip(steps, inside)), "calls": launches.calls,
-                  "empty_calls_us": empty_calls(launches.calls) * 1e6}
+                  "overhead": median(1 - ops / step for step, ops in zip(steps, inside))}
     print(json.dumps(result) if options.json else
           f"{result['model']} ({result['build']}): a step takes {result['step_us']:.0f} us, {result['calls_us']:.0f} of them in its "
-          f"{result['calls']} recorded calls: host overhead {result['overhead']:.1%}. As many empty calls take {result['empty_calls_us']:.0f} us.")
+          f"recorded calls: host overhead {result['overhead']:.1%}.")
 
 
 if __name__ == "__main__":

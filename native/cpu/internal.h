@@ -27,7 +27,14 @@ struct tops_stream {
     tops_team *team;
     unsigned char *scratch;
     int64_t scratch_bytes;
+    tops_graph *recording;   /* null: ops run at once */
 };
+
+/* ---- calls: an op checks its arguments and calls its body with them, which is run at once or recorded. Arguments are copied; the body
+ * checks what stands in memory, because that differs between two launches. ---- */
+typedef int (*tops_body)(tops_stream *stream, void *arguments);
+int tops_call(tops_stream *stream, tops_body body, void *arguments, size_t bytes);
+#define CALL(body, type, ...) tops_call(stream, body, &(type){__VA_ARGS__}, sizeof(type))
 
 /* A cursor through the stream's scratch; take gives null when it is too small. */
 typedef struct {

@@ -242,10 +242,3 @@ int tops_read(tops_stream *stream, float *out, const void *in, int64_t bytes) {
     memcpy(out, &bits, 4);
     return TOPS_OK;
 }
-
-/* ---- graphs: a recorded step pays on a device with launch costs; here a call is cheap and the caller replays its calls ---- */
-static int no_graphs(void) { return tops_fail(TOPS_UNSUPPORTED, "graphs: the CPU library runs ops at once"); }
-int tops_graph_begin(tops_stream *stream) { (void)stream; return no_graphs(); }
-int tops_graph_end(tops_stream *stream, tops_graph **graph) { (void)stream; (void)graph; return no_graphs(); }
-int tops_graph_launch(tops_stream *stream, tops_graph *graph) { (void)stream; (void)graph; return no_graphs(); }
-int tops_graph_free(tops_stream *stream, tops_graph *graph) { (void)stream; (void)graph; return no_graphs(); }

@@ -139,7 +139,7 @@ int tops_copy_2d(tops_stream *stream, void *out, int64_t out_pitch, const void *
 int tops_zero(tops_stream *stream, void *out, int64_t bytes);
 int tops_read(tops_stream *stream, float *out, const void *in, int64_t bytes);       /* out[0] = a sum over all of it: measures read bandwidth */
 
-/* Between begin and end, ops are recorded and not run. The CPU library answers TOPS_UNSUPPORTED. */
+/* Between begin and end, ops are recorded and not run; structs that an op is given are copied. */
 int tops_graph_begin(tops_stream *stream);
 int tops_graph_end(tops_stream *stream, tops_graph **graph);
 int tops_graph_launch(tops_stream *stream, tops_graph *graph);

@@ -20,11 +20,13 @@ typedef struct {
     const tops_kv *kv;
     const tops_batch *batch;
     const row_run *runs;
-    int64_t h, g, p, width, row_cols, splits, span;   /* width: p rounded up to 16 */
+    int64_t h, g, p, width, row_cols, splits, span;   /* width: of a head with its padding */
     float scale;
     float *partial, *maximum, *sum;   /* [splits, n, h, width], [splits, n, h] twice; inside a run ordered by head, then by row */
     int gated, dtype;
 } attention_job;
+
+static int64_t width_of(int64_t p) { return (p + 15) / 16 * 16; }
 
 static int64_t place_of(const attention_job *job, int64_t split, const row_run *run, int64_t head) {
     return (split * job->batch->n + run->first) * job->h + head * run->tokens * (job->h / job->g);
@@ -83,15 +85,20 @@ static void merge_run(void *context, int64_t index) {
     }
 }
 
-int tops_paged_attention(tops_stream *stream, void *out, const void *qkv, const tops_kv *kv, const tops_batch *batch,
-                         int64_t h, int64_t g, int64_t p, float scale, int32_t gated, int32_t dtype) {
-    int64_t n = batch->n;
-    REQUIRE(dtype == TOPS_F32 || dtype == TOPS_BF16, "dtype: must be f32 or bf16, not %d", dtype);
-    REQUIRE(g >= 1 && h % g == 0, "h: must be a multiple of g = %lld, not %lld", (long long)g, (long long)h);
-    int64_t width = (p + 15) / 16 * 16;
-    REQUIRE(p >= 1 && width <= 256 && h / g * width <= QUERIES, "p: must be in 1..256 with at most 16384 values in a group of heads, not %lld", (long long)p);
-    int status = check_cache(kv);
-    if (status || n == 0) return status;
+typedef struct {
+    void *out;
+    const void *qkv;
+    tops_kv kv;
+    tops_batch batch;
+    int64_t h, g, p;
+    float scale;
+    int gated, dtype;
+} attention_call;
+
+static int attention(tops_stream *stream, void *arguments) {
+    const attention_call *call = arguments;
+    const tops_batch *batch = &call->batch;
+    int64_t n = batch->n, h = call->h, g = call->g, p = call->p, width = width_of(p);
     tops_scratch scratch = scratch_of(stream);
     row_run *runs = scratch_take(&scratch, n * (int64_t)sizeof *runs);
     REQUIRE_SCRATCH(runs);
@@ -100,7 +107,8 @@ int tops_paged_attention(tops_stream *stream, void *out, const void *qkv, const 
     for (int64_t t = 0; t < n; t++) {
         row_run *last = runs + count - 1;
         int64_t position = batch->positions[t];
-        REQUIRE(position >= 0 && position < batch->max_pages * kv->page_size, "positions[%lld]: outside the page table: %lld", (long long)t, (long long)position);
+        REQUIRE(position >= 0 && position < batch->max_pages * call->kv.page_size, "positions[%lld]: outside the page table: %lld", (long long)t,
+                (long long)position);
         if (position + 1 > longest) longest = position + 1;
         if (count && batch->sequences[last->first] == batch->sequences[t] && last->tokens < most) last->tokens++;
         else runs[count++] = (row_run){(int32_t)t, 1};
@@ -108,9 +116,9 @@ int tops_paged_attention(tops_stream *stream, void *out, const void *qkv, const 
     int64_t splits = (longest + SPAN - 1) / SPAN, wanted = tops_team_threads(stream->team) * 4;
     if (splits > (wanted + count * g - 1) / (count * g)) splits = (wanted + count * g - 1) / (count * g);
     if (splits * n > n + 64) splits = (n + 64) / n;   /* what tops_scratch_bytes provides for */
-    attention_job job = {.out = out, .qkv = qkv, .kv = kv, .batch = batch, .runs = runs, .h = h, .g = g, .p = p, .width = width,
-                         .row_cols = ((gated ? 2 * h : h) + 2 * g) * p, .splits = splits, .span = (longest + splits - 1) / splits,
-                         .scale = scale, .gated = gated, .dtype = dtype};
+    attention_job job = {.out = call->out, .qkv = call->qkv, .kv = &call->kv, .batch = batch, .runs = runs, .h = h, .g = g, .p = p, .width = width,
+                         .row_cols = ((call->gated ? 2 * h : h) + 2 * g) * p, .splits = splits, .span = (longest + splits - 1) / splits,
+                         .scale = call->scale, .gated = call->gated, .dtype = call->dtype};
     job.partial = scratch_take(&scratch, splits * n * h * width * 4);
     job.maximum = scratch_take(&scratch, splits * n * h * 4);
     job.sum = scratch_take(&scratch, splits * n * h * 4);
@@ -119,6 +127,17 @@ int tops_paged_attention(tops_stream *stream, void *out, const void *qkv, const 
     if (n < 8) for (int64_t i = 0; i < count; i++) merge_run(&job, i);
     else tops_team_run(stream->team, count, merge_run, &job);
     return TOPS_OK;
+}
+
+int tops_paged_attention(tops_stream *stream, void *out, const void *qkv, const tops_kv *kv, const tops_batch *batch,
+                         int64_t h, int64_t g, int64_t p, float scale, int32_t gated, int32_t dtype) {
+    REQUIRE(dtype == TOPS_F32 || dtype == TOPS_BF16, "dtype: must be f32 or bf16, not %d", dtype);
+    REQUIRE(g >= 1 && h % g == 0, "h: must be a multiple of g = %lld, not %lld", (long long)g, (long long)h);
+    REQUIRE(p >= 1 && width_of(p) <= 256 && h / g * width_of(p) <= QUERIES,
+            "p: must be in 1..256 with at most 16384 values in a group of heads, not %lld", (long long)p);
+    int status = check_cache(kv);
+    if (status || batch->n == 0) return status;
+    return CALL(attention, attention_call, out, qkv, *kv, *batch, h, g, p, scale, gated, dtype);
 }
 
 int tops_rope_attention(tops_stream *stream, void *out, void *qkv, const tops_kv *kv, const tops_batch *batch, const float *table,

@@ -135,6 +135,27 @@ static void gate_up_item(void *context, int64_t item) {
     }
 }
 
+/* w and shared: gate and up, or down */
+typedef struct {
+    void *out;
+    const void *x;
+    const int32_t *experts;
+    const float *shares;
+    tops_weight w[2], shared[2];
+    int64_t n, e, k;
+    int32_t dtype;
+} expert_call;
+
+static int gate_up_silu(tops_stream *stream, void *arguments) {
+    const expert_call *call = arguments;
+    tops_scratch scratch = scratch_of(stream);
+    expert_job job = {.in = call->x, .n = call->n, .e = call->e, .k = call->k, .by_token = true, .dtype = call->dtype, .w = call->w,
+                      .shared = call->shared, .out = call->out, .rows = call->shared->rows};
+    int status = sort_pairs(stream, &job, &scratch, call->experts, 2);
+    if (!status) tops_team_run(stream->team, job.actives * ((group_count(job.rows) + SPAN - 1) / SPAN), gate_up_item, &job);
+    return status;
+}
+
 int tops_experts_gate_up_silu(tops_stream *stream, void *out, const void *x, const int32_t *experts, const tops_weight *w,
                               const tops_weight *shared, int64_t n, int64_t e, int64_t k, int32_t dtype) {
     int status = check_sizes(n, e, k, dtype);
@@ -143,11 +164,7 @@ int tops_experts_gate_up_silu(tops_stream *stream, void *out, const void *x, con
         if (!status) status = check_stack("shared", &shared[part], 1, shared->rows, w->cols);
     }
     if (status || n == 0) return status;
-    tops_scratch scratch = scratch_of(stream);
-    expert_job job = {.in = x, .n = n, .e = e, .k = k, .by_token = true, .dtype = dtype, .w = w, .shared = shared, .out = out, .rows = shared->rows};
-    if ((status = sort_pairs(stream, &job, &scratch, experts, 2))) return status;
-    tops_team_run(stream->team, job.actives * ((group_count(job.rows) + SPAN - 1) / SPAN), gate_up_item, &job);
-    return TOPS_OK;
+    return CALL(gate_up_silu, expert_call, out, x, experts, NULL, {w[0], w[1]}, {shared[0], shared[1]}, n, e, k, dtype);
 }
 
 /* An item owns GROUP columns of the output and takes the experts in order: the sum does not depend on the threads. */
@@ -178,17 +195,24 @@ static void down_item(void *context, int64_t group) {
     }
 }
 
+static int down_add(tops_stream *stream, void *arguments) {
+    const expert_call *call = arguments;
+    tops_scratch scratch = scratch_of(stream);
+    expert_job job = {.in = call->x, .n = call->n, .e = call->e, .k = call->k, .dtype = call->dtype, .w = call->w, .shared = call->shared,
+                      .out = call->out, .rows = call->shared->rows, .shares = call->shares};
+    int status = sort_pairs(stream, &job, &scratch, call->experts, 1);
+    if (status) return status;
+    job.sums = scratch_take(&scratch, group_count(job.rows) * job.n * GROUP * 4);
+    REQUIRE_SCRATCH(job.sums);
+    tops_team_run(stream->team, group_count(job.rows), down_item, &job);
+    return TOPS_OK;
+}
+
 int tops_experts_down_add(tops_stream *stream, void *out, const void *x, const int32_t *experts, const float *shares,
                           const tops_weight *w, const tops_weight *shared, int64_t n, int64_t e, int64_t k, int32_t dtype) {
     int status = check_sizes(n, e, k, dtype);
     if (!status) status = check_stack("w", w, e, shared->rows, w->cols);
     if (!status) status = check_stack("shared", shared, 1, shared->rows, w->cols);
     if (status || n == 0) return status;
-    tops_scratch scratch = scratch_of(stream);
-    expert_job job = {.in = x, .n = n, .e = e, .k = k, .dtype = dtype, .w = w, .shared = shared, .out = out, .rows = shared->rows, .shares = shares};
-    if ((status = sort_pairs(stream, &job, &scratch, experts, 1))) return status;
-    job.sums = scratch_take(&scratch, group_count(job.rows) * n * GROUP * 4);
-    REQUIRE_SCRATCH(job.sums);
-    tops_team_run(stream->team, group_count(job.rows), down_item, &job);
-    return TOPS_OK;
+    return CALL(down_add, expert_call, out, x, experts, shares, {*w}, {*shared}, n, e, k, dtype);
 }

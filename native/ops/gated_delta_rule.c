@@ -126,18 +126,26 @@ static void delta_item(void *context, int64_t index) {
     }
 }
 
-int tops_gated_delta_rule(tops_stream *stream, void *out, const void *x, const float *conv, const float *decay, const float *dt_bias,
-                          const float *norm, const tops_states *states, const tops_batch *batch, float eps, int32_t dtype) {
-    const tops_states *s = states;
-    REQUIRE(dtype == TOPS_F32 || dtype == TOPS_BF16, "dtype: must be f32 or bf16, not %d", dtype);
-    REQUIRE(s->hk > 0 && s->hv > 0 && s->hv % s->hk == 0, "states: hv must be a multiple of hk, not %d of %d", s->hv, s->hk);
-    REQUIRE(s->pk > 0 && s->pv > 0 && s->taps > 0, "states: pk, pv and taps must be positive, not %d, %d, %d", s->pk, s->pv, s->taps);
+typedef struct {
+    void *out;
+    const void *x;
+    const float *conv, *decay, *dt_bias, *norm;
+    tops_states states;
+    tops_batch batch;
+    float eps;
+    int32_t dtype;
+} delta_call;
+
+static int gated_delta_rule(tops_stream *stream, void *arguments) {
+    const delta_call *call = arguments;
+    const tops_states *s = &call->states;
+    const tops_batch *batch = &call->batch;
     for (int64_t b = 0; b < batch->b; b++)
         REQUIRE(batch->states_in[b] < s->slots, "states_in[%lld]: must be below %lld, not %d", (long long)b, (long long)s->slots, batch->states_in[b]);
     for (int64_t t = 0; t < batch->n; t++)
         REQUIRE(batch->states_out[t] < s->slots, "states_out[%lld]: must be below %lld, not %d", (long long)t, (long long)s->slots, batch->states_out[t]);
-    delta_job job = {.out = out, .x = x, .conv = conv, .decay = decay, .dt_bias = dt_bias, .norm = norm, .states = s, .batch = batch,
-                     .eps = eps, .dtype = dtype, .group = s->hv / s->hk};
+    delta_job job = {.out = call->out, .x = call->x, .conv = call->conv, .decay = call->decay, .dt_bias = call->dt_bias, .norm = call->norm,
+                     .states = s, .batch = batch, .eps = call->eps, .dtype = call->dtype, .group = s->hv / s->hk};
     job.channels = 2 * s->hk * s->pk + s->hv * s->pv;
     job.width = job.channels + s->hv * s->pv + 2 * s->hv;
     job.own = 2 * s->pk + job.group * s->pv;
@@ -148,4 +156,13 @@ int tops_gated_delta_rule(tops_stream *stream, void *out, const void *x, const f
     REQUIRE_SCRATCH(most ? stream->scratch : NULL);
     for (; job.first < items; job.first += most) tops_team_run(stream->team, items - job.first < most ? items - job.first : most, delta_item, &job);
     return TOPS_OK;
+}
+
+int tops_gated_delta_rule(tops_stream *stream, void *out, const void *x, const float *conv, const float *decay, const float *dt_bias,
+                          const float *norm, const tops_states *states, const tops_batch *batch, float eps, int32_t dtype) {
+    const tops_states *s = states;
+    REQUIRE(dtype == TOPS_F32 || dtype == TOPS_BF16, "dtype: must be f32 or bf16, not %d", dtype);
+    REQUIRE(s->hk > 0 && s->hv > 0 && s->hv % s->hk == 0, "states: hv must be a multiple of hk, not %d of %d", s->hv, s->hk);
+    REQUIRE(s->pk > 0 && s->pv > 0 && s->taps > 0, "states: pk, pv and taps must be positive, not %d, %d, %d", s->pk, s->pv, s->taps);
+    return CALL(gated_delta_rule, delta_call, out, x, conv, decay, dt_bias, norm, *states, *batch, eps, dtype);
 }

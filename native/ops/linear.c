@@ -132,33 +132,31 @@ static void run_chunk(void *context, int64_t item) {
     }
 }
 
-static int run(tops_stream *stream, void *out, const void *x, const float *norm, const tops_weight *w, int parts, int64_t n, float eps,
-               int dtype, int out_dtype, int mode) {
-    REQUIRE(n >= 0, "n: must be at least 0, not %lld", (long long)n);
-    REQUIRE(parts >= 1, "parts: must be at least 1, not %d", parts);
-    REQUIRE(dtype == TOPS_F32 || dtype == TOPS_BF16, "dtype: must be f32 or bf16, not %d", dtype);
-    int64_t cols = w->cols, rows = 0, groups = 0;
-    bool quantise = false, round = false, pairs = false;
-    for (int i = 0; i < parts; i++) {
-        REQUIRE(w[i].cols == cols, "w[%d].cols: must be %lld as in the first part, not %lld", i, (long long)cols, (long long)w[i].cols);
-        REQUIRE(tops_packed_bytes(w[i].dtype, w[i].rows, cols) >= 0, "w[%d]: no kernel for dtype %d with %lld columns", i, w[i].dtype, (long long)cols);
-        rows += w[i].rows;
-        groups += group_count(w[i].rows);
-        quantise = quantise || (w[i].activations == TOPS_Q8_0 && tops_is_quantised(w[i].dtype));
-        round = round || w[i].activations == TOPS_BF16;
-        pairs = pairs || (mode != GATE_UP && in_pairs(&w[i]));
-    }
-    if (n == 0 || rows == 0) return TOPS_OK;
+enum { MOST_PARTS = 8 };
 
+typedef struct {
+    void *out;
+    const void *x;
+    const float *norm;
+    int64_t n, rows, groups;       /* rows and groups of all parts */
+    float eps;
+    int parts, mode, dtype, out_dtype;
+    bool quantise, round, pairs;   /* what the rows are prepared for */
+    tops_weight w[MOST_PARTS];     /* as many as there are parts */
+} linear_call;
+
+static int linear(tops_stream *stream, void *arguments) {
+    const linear_call *call = arguments;
+    int64_t n = call->n, cols = call->w->cols;
     tops_scratch scratch = scratch_of(stream);
     float *f32 = scratch_take(&scratch, n * cols * 4);
     REQUIRE_SCRATCH(f32);
-    prepare_job prepare = {.x = x, .norm = norm, .eps = eps, .dtype = dtype, .cols = cols, .f32 = f32};
-    if (quantise) {
+    prepare_job prepare = {.x = call->x, .norm = call->norm, .eps = call->eps, .dtype = call->dtype, .cols = cols, .f32 = f32};
+    if (call->quantise) {
         prepare.q8 = scratch_take(&scratch, n * (cols / BLOCK) * (int64_t)sizeof *prepare.q8);
         REQUIRE_SCRATCH(prepare.q8);
     }
-    if (round) {
+    if (call->round) {
         prepare.bf16 = scratch_take(&scratch, n * bf16_pitch(cols) * 2);
         REQUIRE_SCRATCH(prepare.bf16);
     }
@@ -166,32 +164,53 @@ static int run(tops_stream *stream, void *out, const void *x, const float *norm,
     if (n * cols < 16384) for (int64_t t = 0; t < n; t++) prepare_row(&prepare, t);
     else tops_team_run(stream->team, n, prepare_row, &prepare);
 
-    linear_job job = {.w = w, .parts = parts, .mode = mode, .out_dtype = out_dtype, .out = out, .n = n, .out_cols = mode == GATE_UP ? w->rows : rows,
-                      .groups = mode == GATE_UP ? group_count(w->rows) : groups,
+    bool gated = call->mode == GATE_UP;
+    linear_job job = {.w = call->w, .parts = call->parts, .mode = call->mode, .out_dtype = call->out_dtype, .out = call->out, .n = n,
+                      .out_cols = gated ? call->w->rows : call->rows, .groups = gated ? group_count(call->w->rows) : call->groups,
                       .x = {f32, prepare.q8, prepare.bf16, cols}};
     int64_t shares = tops_team_threads(stream->team) * 8;
     job.chunk = (job.groups + shares - 1) / shares;
-    if (pairs && n > 1) job.chunk += job.chunk % 2;
+    if (call->pairs && n > 1) job.chunk += job.chunk % 2;
     tops_team_run(stream->team, (job.groups + job.chunk - 1) / job.chunk, run_chunk, &job);
     return TOPS_OK;
 }
 
+static int check_and_call(tops_stream *stream, void *out, const void *x, const float *norm, const tops_weight *w, int parts, int64_t n, float eps,
+                          int dtype, int out_dtype, int mode) {
+    REQUIRE(n >= 0, "n: must be at least 0, not %lld", (long long)n);
+    REQUIRE(parts >= 1 && parts <= MOST_PARTS, "parts: must be in 1..%d, not %d", MOST_PARTS, parts);
+    REQUIRE(dtype == TOPS_F32 || dtype == TOPS_BF16, "dtype: must be f32 or bf16, not %d", dtype);
+    linear_call call = {.out = out, .x = x, .norm = norm, .n = n, .eps = eps, .parts = parts, .mode = mode, .dtype = dtype, .out_dtype = out_dtype};
+    int64_t cols = w->cols;
+    for (int i = 0; i < parts; i++) {
+        REQUIRE(w[i].cols == cols, "w[%d].cols: must be %lld as in the first part, not %lld", i, (long long)cols, (long long)w[i].cols);
+        REQUIRE(tops_packed_bytes(w[i].dtype, w[i].rows, cols) >= 0, "w[%d]: no kernel for dtype %d with %lld columns", i, w[i].dtype, (long long)cols);
+        call.w[i] = w[i];
+        call.rows += w[i].rows;
+        call.groups += group_count(w[i].rows);
+        call.quantise = call.quantise || (w[i].activations == TOPS_Q8_0 && tops_is_quantised(w[i].dtype));
+        call.round = call.round || w[i].activations == TOPS_BF16;
+        call.pairs = call.pairs || (mode != GATE_UP && in_pairs(&w[i]));
+    }
+    return n && call.rows ? tops_call(stream, linear, &call, offsetof(linear_call, w) + (size_t)parts * sizeof *w) : TOPS_OK;
+}
+
 int tops_linear(tops_stream *stream, void *out, const void *x, const tops_weight *w, int32_t parts, int64_t n, int32_t dtype) {
-    return run(stream, out, x, NULL, w, parts, n, 0, dtype, dtype, STORE);
+    return check_and_call(stream, out, x, NULL, w, parts, n, 0, dtype, dtype, STORE);
 }
 int tops_linear_add(tops_stream *stream, void *out, const void *x, const tops_weight *w, int64_t n, int32_t dtype) {
-    return run(stream, out, x, NULL, w, 1, n, 0, dtype, dtype, ADD);
+    return check_and_call(stream, out, x, NULL, w, 1, n, 0, dtype, dtype, ADD);
 }
 int tops_rms_norm_linear(tops_stream *stream, void *out, const void *x, const float *norm, const tops_weight *w, int32_t parts,
                          int64_t n, float eps, int32_t dtype) {
-    return run(stream, out, x, norm, w, parts, n, eps, dtype, dtype, STORE);
+    return check_and_call(stream, out, x, norm, w, parts, n, eps, dtype, dtype, STORE);
 }
 int tops_rms_norm_linear_f32(tops_stream *stream, float *out, const void *x, const float *norm, const tops_weight *w, int32_t parts,
                              int64_t n, float eps, int32_t dtype) {
-    return run(stream, out, x, norm, w, parts, n, eps, dtype, TOPS_F32, STORE);
+    return check_and_call(stream, out, x, norm, w, parts, n, eps, dtype, TOPS_F32, STORE);
 }
 int tops_rms_norm_gate_up_silu(tops_stream *stream, void *out, const void *x, const float *norm, const tops_weight *w,
                                int64_t n, float eps, int32_t dtype) {
     REQUIRE(w[0].rows == w[1].rows, "w: gate and up must have equal rows, not %lld and %lld", (long long)w[0].rows, (long long)w[1].rows);
-    return run(stream, out, x, norm, w, 2, n, eps, dtype, dtype, GATE_UP);
+    return check_and_call(stream, out, x, norm, w, 2, n, eps, dtype, dtype, GATE_UP);
 }

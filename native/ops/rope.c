@@ -6,28 +6,40 @@
 
 enum { HEAD_MAX = 256 };
 
-int tops_rope_table(tops_stream *stream, float *table, const int32_t *positions, const float *inv_freq, int64_t n, int64_t r) {
+typedef struct {
+    float *table;
+    const int32_t *positions;
+    const float *inv_freq;
+    int64_t n, half;
+} table_call;
+
+static int rope_table(tops_stream *stream, void *arguments) {
+    const table_call *call = arguments;
     (void)stream;
-    REQUIRE(r >= 0 && r % 2 == 0, "r: must be even and at least 0, not %lld", (long long)r);
-    for (int64_t t = 0; t < n; t++) {
-        for (int64_t j = 0; j < r / 2; j++) {
-            float angle = (float)positions[t] * inv_freq[j];
-            table[(t * (r / 2) + j) * 2] = cosf(angle);
-            table[(t * (r / 2) + j) * 2 + 1] = sinf(angle);
+    for (int64_t t = 0; t < call->n; t++) {
+        for (int64_t j = 0; j < call->half; j++) {
+            float angle = (float)call->positions[t] * call->inv_freq[j];
+            call->table[(t * call->half + j) * 2] = cosf(angle);
+            call->table[(t * call->half + j) * 2 + 1] = sinf(angle);
         }
     }
     return TOPS_OK;
 }
 
+int tops_rope_table(tops_stream *stream, float *table, const int32_t *positions, const float *inv_freq, int64_t n, int64_t r) {
+    REQUIRE(r >= 0 && r % 2 == 0, "r: must be even and at least 0, not %lld", (long long)r);
+    return CALL(rope_table, table_call, table, positions, inv_freq, n, r / 2);
+}
+
 typedef struct {
     unsigned char *qkv;
-    const tops_kv *kv;
-    const tops_batch *batch;
+    tops_kv kv;
+    tops_batch batch;
     const float *table, *q_norm, *k_norm;
     int64_t h, g, p, r;
     int pairs, gated, dtype;
     float eps;
-} rope_job;
+} rope_call;
 
 static void rotate(float *x, const float *table, int64_t r, int pairs) {
     int64_t step = pairs ? 2 : 1, other = pairs ? 1 : r / 2;
@@ -39,26 +51,37 @@ static void rotate(float *x, const float *table, int64_t r, int pairs) {
 }
 
 static void rope_row(void *context, int64_t t) {
-    const rope_job *job = context;
-    int64_t h = job->h, g = job->g, p = job->p, size = (int64_t)storage_bytes(job->dtype);
-    unsigned char *row = job->qkv + t * ((job->gated ? 2 * h : h) + 2 * g) * p * size;
-    int64_t slot = job->batch->slots[t], page = slot / job->kv->page_size, in_page = slot % job->kv->page_size;
+    const rope_call *call = context;
+    int64_t h = call->h, g = call->g, p = call->p, size = (int64_t)storage_bytes(call->dtype);
+    unsigned char *row = call->qkv + t * ((call->gated ? 2 * h : h) + 2 * g) * p * size;
+    int64_t slot = call->batch.slots[t], page = slot / call->kv.page_size, in_page = slot % call->kv.page_size;
     float head[HEAD_MAX];
     for (int64_t j = 0; j < h + 2 * g; j++) {
-        tops_cpu->load_row(head, row + j * p * size, job->dtype, p);
-        const float *norm = j < h ? job->q_norm : job->k_norm;
+        tops_cpu->load_row(head, row + j * p * size, call->dtype, p);
+        const float *norm = j < h ? call->q_norm : call->k_norm;
         if (j < h + g) {
-            if (norm) tops_cpu->rms_norm(head, head, norm, p, job->eps);
-            rotate(head, job->table + t * job->r, job->r, job->pairs);
+            if (norm) tops_cpu->rms_norm(head, head, norm, p, call->eps);
+            rotate(head, call->table + t * call->r, call->r, call->pairs);
         }
         if (j < h) {
-            tops_cpu->store_row(row + j * p * size, head, job->dtype, p);
+            tops_cpu->store_row(row + j * p * size, head, call->dtype, p);
             continue;
         }
-        int64_t kv_head = (j - h) % g, place = (page * g + kv_head) * job->kv->page_size + in_page;
-        unsigned char *cache = j < h + g ? job->kv->k : job->kv->v;
-        tops_cpu->store_cached(cache + place * cached_row_bytes(job->kv->dtype, p), head, job->kv->dtype, p);
+        int64_t kv_head = (j - h) % g, place = (page * g + kv_head) * call->kv.page_size + in_page;
+        unsigned char *cache = j < h + g ? call->kv.k : call->kv.v;
+        tops_cpu->store_cached(cache + place * cached_row_bytes(call->kv.dtype, p), head, call->kv.dtype, p);
     }
+}
+
+static int rope(tops_stream *stream, void *arguments) {
+    rope_call *call = arguments;
+    const tops_batch *batch = &call->batch;
+    for (int64_t t = 0; t < batch->n; t++)
+        REQUIRE(batch->slots[t] >= 0 && batch->slots[t] < call->kv.pages * call->kv.page_size, "slots[%lld]: outside the cache: %d", (long long)t,
+                batch->slots[t]);
+    if (batch->n < 4) for (int64_t t = 0; t < batch->n; t++) rope_row(call, t);
+    else tops_team_run(stream->team, batch->n, rope_row, call);
+    return TOPS_OK;
 }
 
 int tops_qk_norm_rope_store(tops_stream *stream, void *qkv, const tops_kv *kv, const tops_batch *batch, const float *table,
@@ -68,11 +91,5 @@ int tops_qk_norm_rope_store(tops_stream *stream, void *qkv, const tops_kv *kv, c
     REQUIRE(p >= 1 && p <= HEAD_MAX, "p: must be in 1..256, not %lld", (long long)p);
     REQUIRE(r >= 0 && r <= p && r % 2 == 0, "r: must be even and at most p, not %lld", (long long)r);
     int status = check_cache(kv);
-    if (status) return status;
-    for (int64_t t = 0; t < batch->n; t++)
-        REQUIRE(batch->slots[t] >= 0 && batch->slots[t] < kv->pages * kv->page_size, "slots[%lld]: outside the cache: %d", (long long)t, batch->slots[t]);
-    rope_job job = {qkv, kv, batch, table, q_norm, k_norm, h, g, p, r, pairs, gated, dtype, eps};
-    if (batch->n < 4) for (int64_t t = 0; t < batch->n; t++) rope_row(&job, t);
-    else tops_team_run(stream->team, batch->n, rope_row, &job);
-    return TOPS_OK;
+    return status ? status : CALL(rope, rope_call, qkv, *kv, *batch, table, q_norm, k_norm, h, g, p, r, pairs, gated, dtype, eps);
 }

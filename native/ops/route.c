@@ -7,9 +7,9 @@ typedef struct {
     const float *logits;
     int32_t *experts;
     float *shares;
-    int64_t e, k;
+    int64_t n, e, k;
     bool gated, renormalize;
-} route_job;
+} route_call;
 
 /* Is logit a before logit b in the order of choice? A NaN comes last. */
 static bool before(const float *l, int32_t a, int32_t b) { return l[a] > l[b] || (l[b] != l[b] && l[a] == l[a]) || (l[a] == l[b] && a < b); }
@@ -27,18 +27,25 @@ static void choose(int32_t *experts, const float *l, int64_t e, int64_t k) {
 }
 
 static void route_row(void *context, int64_t t) {
-    const route_job *job = context;
-    int64_t e = job->e, k = job->k;
-    const float *l = job->logits + t * (e + job->gated);
-    int32_t *experts = job->experts + t * k;
-    float *shares = job->shares + t * (k + 1), chosen = 0, all = 0, largest;
+    const route_call *call = context;
+    int64_t e = call->e, k = call->k;
+    const float *l = call->logits + t * (e + call->gated);
+    int32_t *experts = call->experts + t * k;
+    float *shares = call->shares + t * (k + 1), chosen = 0, all = 0, largest;
     choose(experts, l, e, k);
     largest = k ? l[experts[0]] : 0;
     for (int64_t j = 0; j < k; j++) chosen += shares[j] = expf(l[experts[j]] - largest);
-    if (!job->renormalize)
+    if (!call->renormalize)
         for (int64_t i = 0; i < e; i++) all += expf(l[i] - largest);
-    for (int64_t j = 0; j < k; j++) shares[j] /= job->renormalize ? chosen : all;
-    shares[k] = job->gated ? 1.0f / (1.0f + expf(-l[e])) : 1.0f;
+    for (int64_t j = 0; j < k; j++) shares[j] /= call->renormalize ? chosen : all;
+    shares[k] = call->gated ? 1.0f / (1.0f + expf(-l[e])) : 1.0f;
+}
+
+static int route(tops_stream *stream, void *arguments) {
+    route_call *call = arguments;
+    if (call->n < 8) for (int64_t t = 0; t < call->n; t++) route_row(call, t);
+    else tops_team_run(stream->team, call->n, route_row, call);
+    return TOPS_OK;
 }
 
 int tops_rms_norm_route(tops_stream *stream, void *normed, float *logits, int32_t *experts, float *shares, const void *x,
@@ -50,8 +57,5 @@ int tops_rms_norm_route(tops_stream *stream, void *normed, float *logits, int32_
     int status = tops_rms_norm(stream, normed, x, norm, n, w->cols, eps, dtype);
     if (!status) status = tops_rms_norm_linear_f32(stream, logits, x, norm, w, parts, n, eps, dtype);
     if (status) return status;
-    route_job job = {.logits = logits, .experts = experts, .shares = shares, .e = w->rows, .k = k, .gated = parts == 2, .renormalize = renormalize};
-    if (n < 8) for (int64_t t = 0; t < n; t++) route_row(&job, t);
-    else tops_team_run(stream->team, n, route_row, &job);
-    return TOPS_OK;
+    return CALL(route, route_call, logits, experts, shares, n, w->rows, k, parts == 2, renormalize);
 }

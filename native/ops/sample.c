@@ -10,28 +10,44 @@
 #include "../cpu/internal.h"
 #include "../cpu/number.h"
 
-int tops_restrict_logits(tops_stream *stream, float *logits, const uint32_t *allowed, const tops_sampling *sampling,
-                         const int32_t *history, const int32_t *lengths, int64_t n, int64_t v, int64_t vocabulary, int64_t capacity) {
+typedef struct {
+    float *logits;
+    const uint32_t *allowed;
+    const tops_sampling *sampling;
+    const int32_t *history, *lengths;
+    int64_t n, v, vocabulary, capacity;
+} restrict_call;
+
+static int restrict_logits(tops_stream *stream, void *arguments) {
+    const restrict_call *call = arguments;
+    int64_t v = call->v, vocabulary = call->vocabulary;
+    const uint32_t *allowed = call->allowed;
     (void)stream;
-    REQUIRE(vocabulary >= 0 && vocabulary <= v, "vocabulary: must be in 0..%lld, not %lld", (long long)v, (long long)vocabulary);
-    for (int64_t t = 0; t < n; t++) {
-        float *row = logits + t * v;
-        REQUIRE(lengths[t] >= 0 && lengths[t] <= capacity, "lengths[%lld]: must be in 0..%lld, not %d", (long long)t, (long long)capacity, lengths[t]);
+    for (int64_t t = 0; t < call->n; t++) {
+        float *row = call->logits + t * v;
+        int32_t length = call->lengths[t];
+        REQUIRE(length >= 0 && length <= call->capacity, "lengths[%lld]: must be in 0..%lld, not %d", (long long)t, (long long)call->capacity, length);
         for (int64_t i = vocabulary; i < v; i++) row[i] = -INFINITY;
         for (int64_t i = 0; allowed && i < vocabulary; i++)
             if (!(allowed[t * ((v + 31) / 32) + i / 32] >> i % 32 & 1)) row[i] = -INFINITY;
-        const int32_t *past = history + t * capacity;
-        for (int32_t j = 0; j < lengths[t]; j++) {
+        const int32_t *past = call->history + t * call->capacity;
+        for (int32_t j = 0; j < length; j++) {
             int32_t id = past[j];
             bool first = id >= 0 && id < v;
             for (int32_t k = 0; first && k < j; k++) first = past[k] != id;
             if (!first) continue;   /* a token is penalised once, however often it occurred */
-            float penalty = sampling[t].repetition_penalty;
+            float penalty = call->sampling[t].repetition_penalty;
             row[id] = row[id] > 0 ? row[id] / penalty : row[id] * penalty;
-            row[id] -= sampling[t].presence_penalty;
+            row[id] -= call->sampling[t].presence_penalty;
         }
     }
     return TOPS_OK;
+}
+
+int tops_restrict_logits(tops_stream *stream, float *logits, const uint32_t *allowed, const tops_sampling *sampling,
+                         const int32_t *history, const int32_t *lengths, int64_t n, int64_t v, int64_t vocabulary, int64_t capacity) {
+    REQUIRE(vocabulary >= 0 && vocabulary <= v, "vocabulary: must be in 0..%lld, not %lld", (long long)v, (long long)vocabulary);
+    return CALL(restrict_logits, restrict_call, logits, allowed, sampling, history, lengths, n, v, vocabulary, capacity);
 }
 
 /* Uniform in (0, 1) by the finaliser of splitmix64 (Steele, Lea and Flood 2014), from the token up. */
@@ -114,34 +130,50 @@ static int64_t largest(const float *row, int64_t v) {
     return best < v ? best : 0;
 }
 
-int tops_sample(tops_stream *stream, int32_t *ids, float *logprobs, const float *logits, const tops_sampling *sampling,
-                const int32_t *positions, int64_t n, int64_t v) {
-    REQUIRE(v >= 1, "v: must be at least 1, not %lld", (long long)v);
+typedef struct {
+    int32_t *ids;
+    float *logprobs;
+    const float *logits;
+    const tops_sampling *sampling;
+    const int32_t *positions;
+    int64_t n, v;
+} sample_call;
+
+static int sample(tops_stream *stream, void *arguments) {
+    const sample_call *call = arguments;
+    int64_t v = call->v;
     tops_scratch scratch = scratch_of(stream);
     candidate *kept = scratch_take(&scratch, v * (int64_t)sizeof *kept);
     REQUIRE_SCRATCH(kept);
-    for (int64_t t = 0; t < n; t++) {
-        const float *row = logits + t * v;
-        const tops_sampling *s = sampling + t;
+    for (int64_t t = 0; t < call->n; t++) {
+        const float *row = call->logits + t * v;
+        const tops_sampling *s = call->sampling + t;
         int64_t best = largest(row, v);
+        int32_t id = (int32_t)best;
         float highest = row[best];
-        ids[t] = (int32_t)best;
         if (s->temperature > 0) {
             int64_t count = keep(kept, row, v, s, highest);
             double most = -INFINITY;
             for (int64_t i = 0; i < count; i++) {
-                double score = kept[i].logit - log(-log(uniform(s->seed, positions[t], kept[i].id)));
-                if (score > most || (score == most && kept[i].id < ids[t])) {
+                double score = kept[i].logit - log(-log(uniform(s->seed, call->positions[t], kept[i].id)));
+                if (score > most || (score == most && kept[i].id < id)) {
                     most = score;
-                    ids[t] = kept[i].id;
+                    id = kept[i].id;
                 }
             }
         }
-        if (logprobs) {
+        call->ids[t] = id;
+        if (call->logprobs) {
             double total = 0;
             for (int64_t i = 0; i < v; i++) total += exp((double)row[i] - highest);
-            logprobs[t] = (float)(row[ids[t]] - highest - log(total));
+            call->logprobs[t] = (float)(row[id] - highest - log(total));
         }
     }
     return TOPS_OK;
+}
+
+int tops_sample(tops_stream *stream, int32_t *ids, float *logprobs, const float *logits, const tops_sampling *sampling,
+                const int32_t *positions, int64_t n, int64_t v) {
+    REQUIRE(v >= 1, "v: must be at least 1, not %lld", (long long)v);
+    return CALL(sample, sample_call, ids, logprobs, logits, sampling, positions, n, v);
 }

@@ -20,9 +20,9 @@ class Forward(unittest.TestCase):
 
     def calls(self, position):
         self.bench.place(1, position, 1, 1)
-        with self.bench.backend.record() as graph:
+        with self.bench.backend.record() as calls:
             self.bench.forward()
-        return graph.calls
+        return calls
 
     def test_two_decode_steps_make_equal_calls(self):
         """Only device memory differs between steps, so that one recording serves them all."""

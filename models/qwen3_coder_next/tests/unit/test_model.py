@@ -51,14 +51,14 @@ class Forward(unittest.TestCase):
 
     def test_two_decode_steps_make_equal_calls(self):
         """Only device memory differs between steps, so that one recording serves them all."""
-        calls = []
+        recorded = []
         for first, start, keep in ((3, 1, {0: 1}), (40, 2, {0: 3})):
             self.place(first, 1, start, keep)
-            with self.backend.record() as graph:
+            with self.backend.record() as calls:
                 PLUGIN.forward(TINY, self.weights, self.workspace, self.batch, self.cache)
-            calls.append(graph.calls)
-        self.assertEqual(calls[0], calls[1])
-        self.assertGreater(len(calls[0]), 6 * TINY.num_hidden_layers)
+            recorded.append(calls)
+        self.assertEqual(recorded[0], recorded[1])
+        self.assertGreater(len(recorded[0]), 6 * TINY.num_hidden_layers)
 
     def test_a_state_taken_up_in_the_middle_gives_what_one_run_gives(self):
         self.place(0, 6, -1, {5: 0})
