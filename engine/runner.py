@@ -70,6 +70,8 @@ class Runner:
         self._fields = [(int(backend.ffi.cast("uintptr_t", getattr(self._batch, name).pointer)) - base) // 4
                         for name in ("ids", "positions", "slots", "sequences", "states_out", "logit_rows", "next_positions", "query_starts",
                                      "states_in", "page_table")]
+        ids, positions, slots, _, _, _, next_positions, *_ = self._fields
+        self._moving = ids, positions, slots, next_positions   # what differs between two steps of the same sequences
         v = self._workspace.logits.shape[1]
         self._v, self._vocabulary = v, min(vocabulary or v, v)
         self._words = -(-v // 32)
@@ -79,7 +81,8 @@ class Runner:
         self._allowed = backend.tensor((MOST_ROWS, self._words), DType.U32)
         self._history = backend.tensor((MOST_ROWS, HISTORY), DType.I32)
         self._lengths = backend.tensor((MOST_ROWS,), DType.I32)
-        self._penalised = False   # whether one of them is not 0
+        self._penalised = self._masked = False   # whether one of the lengths is not 0, and whether the step before had masks
+        self._repeated: Graph | None = None   # what the step before launched, if it was recorded
 
     @staticmethod
     def most_tokens(backend: Backend) -> int:
@@ -122,6 +125,7 @@ class Runner:
             file.require_whole()
         n, b, r = sum(row.count for row in rows), len(rows), sum(row.logits for row in rows)
         draw = self._prepare(sequences, masks) if sequences else None
+        self._repeated = None
         if not n == b == r <= BUCKETS[-1]:
             self._fill(rows, b)
             self._batch.resize(n, b, r)
@@ -130,8 +134,8 @@ class Runner:
         self._fill(rows, bucket)
         self._batch.resize(bucket, bucket, bucket)
         if recorded := self._graphs.get((bucket, draw)):
-            graph, logits = recorded
-            graph.launch()
+            self._repeated, logits = recorded
+            self._repeated.launch()
             return logits
         # Whatever a library sets up when an op first runs cannot be recorded. This run is the step: a state kept in place may
         # not be advanced twice.
@@ -139,7 +143,28 @@ class Runner:
         with self.backend.capture() as graph:
             logits = self._run(draw, bucket)
         self._graphs[bucket, draw] = graph, logits
+        self._repeated = graph
         return computed
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether the step before was a recorded one of one token a sequence, whose drawing does not depend on the tokens drawn so far."""
+        return self._repeated is not None and not (self._penalised or self._masked)
+
+    def repeat(self, sequences: Items[Sequence]) -> None:
+        """The step before, which was `repeatable`, once more for the same sequences: each is one token longer and has a page for it."""
+        for file in self._files:
+            file.require_whole()
+        values = self._staging.values
+        ids, positions, slots, next_positions = self._moving
+        for index, sequence in enumerate(sequences):
+            position = sequence.computed
+            values[ids + index] = sequence.ids[position]
+            values[positions + index] = position
+            values[slots + index] = sequence.pages[position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE
+            values[next_positions + index] = position + 1
+        self._staging.upload(self._used)
+        self._repeated.launch()
 
     def tokens(self, count: int) -> list[int]:
         """Wait for the step; the tokens that it drew."""
@@ -186,7 +211,8 @@ class Runner:
             values[states_in + index] = values[states_out + at] = -1
             at += 1
         values[query_starts + b] = at
-        self._staging.upload(page_table + b * self._max_pages)   # the last field, as far as it is used
+        self._used = page_table + b * self._max_pages   # the last field, as far as it is used
+        self._staging.upload(self._used)
 
     def _prepare(self, sequences: Items[Sequence], masks: Items[bytes | None]) -> Draw:
         """Upload what drawing takes, where it has changed. Before the step, so that nothing stands between it and its tokens."""
@@ -198,7 +224,7 @@ class Runner:
         if sampling != self._sampled:
             backend.copy_in(self._sampling, sampling)
             self._sampled = sampling
-        masked = any(masks)
+        self._masked = masked = any(masks)
         if masked:
             backend.copy_in(self._allowed, b"".join(mask or b"\xff" * (4 * self._words) for mask in masks))
         if penalised or self._penalised:

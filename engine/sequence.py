@@ -6,6 +6,7 @@ import struct
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 from typing import NamedTuple
 
 from inference_pio.engine.request import Priority, SamplingParams
@@ -59,6 +60,7 @@ class Sequence:
         self.prompt_length = len(self.ids)
         self.stream.stats.prompt_tokens = len(self.ids)
         self.sampling = struct.pack("5fiQ", p.temperature, p.top_p, p.min_p, p.repetition_penalty, p.presence_penalty, p.top_k, p.seed)
+        self.deadline = self.stream.submitted + (inf if p.deadline_ms is None else p.deadline_ms / 1000)   # as perf_counter tells time
         self.penalised = p.repetition_penalty != 1.0 or p.presence_penalty != 0.0
         self._decoder, self._stops = StreamDecoder(), StopTexts(p.stop)
         self._drawn: tuple[int, str] | None = None   # not in the stream yet

@@ -34,12 +34,14 @@ class Stepper:
         self._steps = self._reused = self._computed = self._recomputed = self._generated = 0
         self._last_error: str | None = None
         self._drawn: list[Sequence] = []     # whose newest token is not in their streams yet
+        self._steady: list[Sequence] = []    # of the step before, if the next one may be the same, one token later
 
     @property
     def idle(self) -> bool:
         return not self._scheduler.sequences
 
     def add(self, sequence: Sequence) -> None:
+        self._steady = []
         self._scheduler.add(sequence)
 
     def status(self) -> EngineStatus:
@@ -59,6 +61,7 @@ class Stepper:
     def score(self, ids: list[int], chunk: int) -> bytearray:
         """Logits of a text, f32 [n, v], computed from nothing in steps of `chunk` tokens."""
         v, needed = self._runner.width, -(-len(ids) // PAGE_SIZE)
+        self._steady = []
         if self._pool.free < needed:
             self._cache.evict(needed - self._pool.free)
         if self._pool.free < needed:
@@ -80,6 +83,7 @@ class Stepper:
 
     def end_all(self, error: EngineError | None = None) -> None:
         """End every sequence: with the error, if the device is lost, else because the engine closes."""
+        self._steady = []
         for sequence in list(self._scheduler.sequences):
             if error is None:
                 self._finish(sequence, "closed")
@@ -93,9 +97,13 @@ class Stepper:
 
     def step(self) -> None:
         """End what is closed or late, then compute the next step. Raises DeviceFailed: nothing can be computed any more."""
-        self._drop_closed()
-        work = self._scheduler.next_step()
+        work: list[Work] = []
         try:
+            if self._steady and self._repeat():
+                return
+            self._steady = []
+            self._drop_closed()
+            work = self._scheduler.next_step()
             while fresh := [w.sequence for w in work if not w.sequence.started]:
                 for sequence in fresh:
                     self._start(sequence)
@@ -110,16 +118,31 @@ class Stepper:
         except DeviceFailed:
             raise
         except Exception as error:   # a defect must not take the server with it
-            for sequence, _ in work:
+            for sequence in [w.sequence for w in work] or self._steady:
                 if sequence in self._scheduler.sequences:
                     self._finish(sequence, "error", EngineError(f"the step failed: {type(error).__name__}: {error}"))
 
+    def _repeat(self) -> bool:
+        """The step before once more, one token later. False if more than that is different now. Most tokens are drawn here, and what a
+        step streams through the caches leaves none of this code there: its length is what the host takes of a step."""
+        sequences, now = self._steady, perf_counter()
+        for sequence in sequences:
+            if sequence.stream.closed or now > sequence.deadline or sequence.computed == PAGE_SIZE * len(sequence.pages):
+                return False
+        self._runner.repeat(sequences)
+        if self._drawn:
+            self._deliver()
+        self._steps += 1
+        for sequence in sequences:
+            sequence.computed += 1
+        self._accept(sequences, self._runner.tokens(len(sequences)))
+        return True
+
     def _drop_closed(self) -> None:
         for sequence in list(self._scheduler.sequences):
-            deadline = sequence.params.deadline_ms
             if sequence.stream.closed:
                 self._finish(sequence, "closed")
-            elif deadline is not None and sequence.stream.elapsed_ms() > deadline:
+            elif perf_counter() > sequence.deadline:
                 self._finish(sequence, "deadline")
 
     def _start(self, sequence: Sequence) -> None:
@@ -208,8 +231,7 @@ class Stepper:
                 masks.append(self._allowed(sequence) if sequence.required else None)
             else:
                 others.append(Work(sequence, count))
-        for sequence, count in others:
-            rows.append(Row(sequence.ids, sequence.computed, count, sequence.pages, 0, *sequence.keep))
+        rows += [Row(sequence.ids, sequence.computed, count, sequence.pages, 0, *sequence.keep) for sequence, count in others]
         logits = self._runner.forward(rows, drawing, masks)
         self._deliver()
         tokens = self._runner.tokens(len(drawing))
@@ -226,19 +248,24 @@ class Stepper:
             computed += count
         self._steps += 1
         self._computed += prompt_tokens
-        self._generated += len(tokens)
         if prompt_tokens > len(work) or computed == 1:
             self._scheduler.learn(computed, perf_counter() - begin)
-        for sequence, token in zip(drawing, tokens):
+        if self._runner.repeatable and len(drawing) == len(work) and not self._checkpoints:
+            self._steady = drawing
+        self._accept(drawing, tokens)
+        for sequence, _ in others:
+            if sequence.waiting_tokens == 0:
+                self._finish(sequence, "length")
+
+    def _accept(self, sequences: list[Sequence], tokens: list[int]) -> None:
+        self._generated += len(tokens)
+        for sequence, token in zip(sequences, tokens):
             if reason := sequence.accept(token):
                 self._finish(sequence, reason)
             else:
                 self._drawn.append(sequence)
         if not self._runner.backend.asynchronous:
             self._deliver()
-        for sequence, _ in others:
-            if sequence.waiting_tokens == 0:
-                self._finish(sequence, "length")
 
     def _deliver(self) -> None:
         """Hand out the tokens of the step before. Where a device computes on its own this is done while it does, because waking those
@@ -262,6 +289,7 @@ class Stepper:
         sequence.pages = array("i")
 
     def _finish(self, sequence: Sequence, reason: str, error: EngineError | None = None) -> None:
+        self._steady = []
         self._scheduler.remove(sequence)
         self._release(sequence)
         sequence.deliver()

@@ -41,7 +41,7 @@ class TokenStream:
         self._error: EngineError | None = None
         self._on_close = on_close
         self.first_logits: memoryview | None = None   # f32 [v], of SamplingParams.keep_logits
-        self._submitted = perf_counter()
+        self.submitted = perf_counter()
         self.closed = False
 
     @property
@@ -114,7 +114,7 @@ class TokenStream:
     # ---- the engine's side -----------------------------------------------------------------------------------------------
 
     def elapsed_ms(self) -> float:
-        return (perf_counter() - self._submitted) * 1000
+        return (perf_counter() - self.submitted) * 1000
 
     def put(self, token_id: int, piece: str) -> None:
         self.stats.generated_tokens += 1

@@ -161,6 +161,42 @@ with Engine.open({str(GOLDEN / "llama")!r}, device="cpu", context=64) as engine:
     assert done.stdout == "(3, 512) 1536\n", done.stderr
 
 
+def test_a_step_that_is_repeated_gives_what_a_whole_one_gives():
+    """Whoever joins, ends, is closed or needs a page in between."""
+    def wait_for_token(stream):
+        while not stream.token_ids:
+            time.sleep(0.0001)
+
+    def run(repeat):
+        repeated = 0
+        with Engine.open(GOLDEN / "llama", device="cpu", activations="f32", reuse=False) as engine:
+            stepper = engine._stepper
+            original = stepper._repeat
+
+            def counted():
+                nonlocal repeated
+                done = repeat and original()
+                repeated += done
+                return done
+            stepper._repeat = counted
+            prompts = [TokenPrompt(tuple((t * 41 + 7 * k) % 512 for t in range(20 + k))) for k in range(4)]
+            streams = [engine.submit(prompts[0], SamplingParams(max_tokens=50, temperature=1.0, seed=7, ignore_eos=True))]
+            wait_for_token(streams[0])
+            for prompt, length, penalty in zip(prompts[1:], (5, 30, 20), (0.0, 0.0, 1.0)):
+                streams.append(engine.submit(prompt, SamplingParams(max_tokens=length, presence_penalty=penalty, ignore_eos=True)))
+            closed = engine.submit(prompts[1], SamplingParams(max_tokens=400, ignore_eos=True))
+            wait_for_token(closed)
+            closed.close()
+            for stream in (*streams, closed):
+                stream.wait()
+            assert closed.stats.finish_reason == "closed"
+            return [stream.token_ids for stream in streams], repeated
+    answers, repeated = run(True)
+    assert (answers, 0) == run(False)
+    assert [len(answer) for answer in answers] == [50, 5, 30, 20]
+    assert repeated >= 15   # of the 30 steps or more after the shorter answers, all but those that need a page
+
+
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_tokens_are_handed_out_before_anybody_waits(asynchronous):
     """At once where a step runs to its end; else while the next one runs, so that the device never waits for readers."""
@@ -170,18 +206,17 @@ def test_tokens_are_handed_out_before_anybody_waits(asynchronous):
         stepper, seen = engine._stepper, []
         runner = stepper._runner
         runner.backend.asynchronous = asynchronous
-        forward, tokens = runner.forward, runner.tokens
-
         def watched(what, function):
             def call(*arguments):
                 seen.append((what, len(stepper._scheduler.sequences[0].stream.token_ids)))
                 return function(*arguments)
             return call
-        runner.forward, runner.tokens = watched("forward", forward), watched("tokens", tokens)
+        runner.forward, runner.repeat, runner.tokens = (
+            watched(what, function) for what, function in (("step", runner.forward), ("step", runner.repeat), ("tokens", runner.tokens)))
         stream = engine.submit(PROMPT, greedy)
         for _ in stream:
             pass
         assert stream.token_ids == expected and len(expected) == 6
         steps = range(len(expected))
         assert [n for what, n in seen if what == "tokens"] == list(steps)
-        assert [n for what, n in seen if what == "forward"][-len(expected):] == [max(0, n - asynchronous) for n in steps]
+        assert [n for what, n in seen if what == "step"][-len(expected):] == [max(0, n - asynchronous) for n in steps]
