@@ -1,36 +1,58 @@
-/* Calls of ops: run at once, or recorded one after the other and run by one launch. A launch reads its calls from front to back, which
- * costs less than to make them: after a step has streamed a model through the caches, whatever a caller needs for them is far away. */
+/* Ops: done at once, or recorded as one program of all their stages, which a launch goes through. A launch reads it from front to back,
+ * and that is all that stands between two ops: after a step has streamed a model through the caches, everything else is far away. */
 #include <stdlib.h>
 #include <string.h>
 
 #include "internal.h"
 
+/* While it is recorded, a stage's context and what it reads are offsets in `contexts`, because that moves when it grows. */
 struct tops_graph {
-    unsigned char *calls;   /* each a header and its arguments */
+    tops_stage *stages;
+    size_t *reads;                  /* of each stage; 0: none */
+    int64_t count, most;
+    unsigned char *contexts;
     size_t bytes, capacity;
+    const unsigned char *scratch;   /* of the stream, to which contexts may point */
 };
 
-typedef struct {
-    tops_body body;
-    size_t bytes;           /* to the next header */
-} header;
-
-static size_t header_and(size_t bytes) { return (sizeof(header) + bytes + 15) / 16 * 16; }
-
-int tops_call(tops_stream *stream, tops_body body, void *arguments, size_t bytes) {
-    tops_graph *graph = stream->recording;
-    if (!graph) return body(stream, arguments);
-    header call = {body, header_and(bytes)};
-    if (graph->bytes + call.bytes > graph->capacity) {
-        size_t capacity = 2 * graph->capacity + call.bytes;
-        unsigned char *calls = realloc(graph->calls, capacity);
-        if (!calls) return tops_fail(TOPS_OUT_OF_MEMORY, "the system has no %zu bytes of memory left", capacity);
-        graph->calls = calls;
+static bool make_room(tops_graph *graph, size_t bytes) {
+    if (graph->count + MOST_STAGES > graph->most) {
+        int64_t most = 2 * graph->most + 64;
+        void *stages = realloc(graph->stages, (size_t)most * sizeof *graph->stages), *reads = NULL;
+        if (stages) graph->stages = stages, reads = realloc(graph->reads, (size_t)most * sizeof *graph->reads);
+        if (!reads) return false;
+        graph->reads = reads;
+        graph->most = most;
+    }
+    if (graph->bytes + bytes > graph->capacity) {
+        size_t capacity = 2 * graph->capacity + bytes;
+        unsigned char *contexts = realloc(graph->contexts, capacity);
+        if (!contexts) return false;
+        graph->contexts = contexts;
         graph->capacity = capacity;
     }
-    memcpy(graph->calls + graph->bytes, &call, sizeof call);
-    memcpy(graph->calls + graph->bytes + sizeof call, arguments, bytes);
-    graph->bytes += call.bytes;
+    return true;
+}
+
+int tops_do(tops_stream *stream, const tops_stage *stages, int count, void *context, size_t bytes, size_t reads) {
+    tops_graph *graph = stream->recording;
+    if (!graph) {
+        tops_stage now[MOST_STAGES];
+        for (int i = 0; i < count; i++) {
+            now[i] = stages[i];
+            now[i].context = context;
+        }
+        return tops_team_do(stream, now, count);
+    }
+    size_t padded = (bytes + 63) / 64 * 64, at = graph->bytes;
+    if (!make_room(graph, padded)) return tops_fail(TOPS_OUT_OF_MEMORY, "the system has no memory left for a graph");
+    memcpy(graph->contexts + at, context, bytes);
+    graph->bytes += padded;
+    for (int i = 0; i < count; i++) {
+        graph->stages[graph->count] = stages[i];
+        graph->stages[graph->count].context = (void *)at;
+        graph->reads[graph->count++] = reads && i == count - 1 ? at + reads : 0;
+    }
     return TOPS_OK;
 }
 
@@ -42,26 +64,31 @@ int tops_graph_begin(tops_stream *stream) {
 }
 
 int tops_graph_end(tops_stream *stream, tops_graph **graph) {
-    REQUIRE(stream->recording, "graph: the stream records none");
-    *graph = stream->recording;
+    tops_graph *made = stream->recording;
+    REQUIRE(made, "graph: the stream records none");
+    const tops_reads *next = NULL;
+    for (int64_t i = made->count - 1; i >= 0; i--) {
+        made->stages[i].context = made->contexts + (size_t)made->stages[i].context;
+        made->stages[i].next = next;
+        if (made->reads[i]) next = (const tops_reads *)(made->contexts + made->reads[i]);
+    }
+    made->scratch = stream->scratch;
     stream->recording = NULL;
+    *graph = made;
     return TOPS_OK;
 }
 
 int tops_graph_launch(tops_stream *stream, tops_graph *graph) {
     REQUIRE(!stream->recording, "graph: the stream records one, which must end before another is launched");
-    for (size_t at = 0; at < graph->bytes;) {
-        header *call = (header *)(graph->calls + at);
-        int status = call->body(stream, call + 1);
-        if (status) return status;
-        at += call->bytes;
-    }
-    return TOPS_OK;
+    REQUIRE(graph->scratch == stream->scratch, "graph: was recorded before tops_stream_reserve gave the stream more scratch");
+    return tops_team_walk(stream, graph->stages, graph->count);
 }
 
 int tops_graph_free(tops_stream *stream, tops_graph *graph) {
-    (void)stream;
-    free(graph->calls);
+    tops_team_rest(stream->team);
+    free(graph->stages);
+    free(graph->reads);
+    free(graph->contexts);
     free(graph);
     return TOPS_OK;
 }

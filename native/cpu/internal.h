@@ -15,26 +15,51 @@
 int tops_fail(int status, const char *format, ...) __attribute__((format(printf, 2, 3)));
 #define REQUIRE(condition, ...) do { if (!(condition)) return tops_fail(TOPS_INVALID, __VA_ARGS__); } while (0)
 
-/* ---- team: task(context, item) for every item in 0..items-1, on all threads of the stream; returns when all are done ---- */
+/* ---- team: the threads of a stream, which go through the stages of a program together ---- */
 typedef struct tops_team tops_team;
 typedef void (*tops_task)(void *context, int64_t item);
-tops_team *tops_team_create(int threads);
+typedef int (*tops_body)(tops_stream *stream, void *context);
+
+/* Memory that a stage reads, item by item from one address on or from two. */
+typedef struct {
+    const unsigned char *from[2];   /* null: none */
+    int64_t item_bytes[2], items;
+} tops_reads;
+
+/* task(context, item) for every item in base .. base + items - 1, each on whatever thread takes it, or the serial body alone, on the
+ * caller's thread. A stage sees what the ones before it have written. */
+typedef struct {
+    tops_body serial;
+    tops_task task;
+    void (*begin)(void *context);   /* null, or called by a thread before its first item */
+    void *context;
+    int64_t base, items;
+    size_t count_at;                /* not 0: items is the int64_t in the context there, as the stages before have left it */
+    const tops_reads *next;         /* null, or what threads may ask memory for while they wait */
+} tops_stage;
+enum { MOST_STAGES = 2, MOST_ITEMS = 4095 };   /* stages of one op, items of one stage */
+
+tops_team *tops_team_create(int threads);   /* with the caller; 0: tops_processors */
+int tops_processors(void);
 void tops_team_destroy(tops_team *team);
 int tops_team_threads(const tops_team *team);
-void tops_team_run(tops_team *team, int64_t items, tops_task task, void *context);
+int tops_team_walk(tops_stream *stream, const tops_stage *stages, int64_t count);   /* the stages stay until tops_team_rest */
+int tops_team_do(tops_stream *stream, const tops_stage *stages, int count);         /* MOST_STAGES at most, which are copied */
+void tops_team_run(tops_stream *stream, int64_t items, tops_task task, void *context);   /* one stage of any number of items */
+void tops_team_rest(const tops_team *team);   /* until no thread looks at a program that is over */
+int tops_me(void);                  /* the calling thread's place in its team: 0 for the caller */
 
 struct tops_stream {
     tops_team *team;
     unsigned char *scratch;
     int64_t scratch_bytes;
-    tops_graph *recording;   /* null: ops run at once */
+    tops_graph *recording;      /* null: ops run at once */
 };
 
-/* ---- calls: an op checks its arguments and calls its body with them, which is run at once or recorded. Arguments are copied; the body
- * checks what stands in memory, because that differs between two launches. ---- */
-typedef int (*tops_body)(tops_stream *stream, void *arguments);
-int tops_call(tops_stream *stream, tops_body body, void *arguments, size_t bytes);
-#define CALL(body, type, ...) tops_call(stream, body, &(type){__VA_ARGS__}, sizeof(type))
+/* ---- ops: an op checks its arguments and does its stages, at once or recorded. Contexts are copied then; what stands in memory is
+ * checked by the stages, because it differs between two launches. ---- */
+int tops_do(tops_stream *stream, const tops_stage *stages, int count, void *context, size_t bytes, size_t reads);   /* reads: where in the context, 0: none */
+#define CALL(body, type, ...) tops_do(stream, &(tops_stage){.serial = body}, 1, &(type){__VA_ARGS__}, sizeof(type), 0)
 
 /* A cursor through the stream's scratch; take gives null when it is too small. */
 typedef struct {
@@ -61,12 +86,17 @@ typedef struct {
 } tops_q8;
 
 typedef struct {
-    const float *f32;         /* [rows, cols] */
-    const tops_q8 *q8;        /* [rows, cols / BLOCK] */
-    const uint16_t *bf16;     /* [rows, cols rounded up to pairs], for tile_bf16 */
+    float *f32;               /* [rows, cols] */
+    tops_q8 *q8;              /* [rows, cols / BLOCK] or null */
+    uint16_t *bf16;           /* [rows, cols rounded up to pairs] or null, for tile_bf16 */
     int64_t cols;
 } tops_rows;
 static inline int64_t bf16_pitch(int64_t cols) { return (cols + 1) / 2 * 2; }
+/* Scratch for as many copies of n rows, each own_bytes after the one before; false if there is too little of it. */
+bool tops_take_rows(tops_rows *rows, int64_t *own_bytes, tops_scratch *scratch, int64_t copies, int64_t n, int64_t cols, bool q8, bool bf16);
+tops_rows tops_rows_after(const tops_rows *rows, int64_t bytes);
+/* Row t = x, after rms_norm where a norm is given, rounded as there is room for. With bf16 the f32 row is rounded, too. */
+void tops_prepare_row(const tops_rows *rows, int64_t t, const void *x, int dtype, const float *norm, float eps);
 
 /* out [tokens, GROUP] = rows first .. first + tokens - 1 of x times one group of packed weight rows; fp8 scales by 128 columns */
 typedef void (*tops_tile)(float *out, const unsigned char *group, const tops_rows *x, int64_t first, int tokens, const float *scales);

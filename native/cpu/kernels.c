@@ -80,20 +80,58 @@ static void silu_mul(float *out, const float *gate, const float *up, int64_t cou
     for (int64_t i = 0; i < count; i++) out[i] = silu(gate[i]) * up[i];
 }
 
+/* Codes of a block, their sums by halves, and the largest magnitude. Compilers keep to one value at a time here, because the largest of
+ * values that may be NaN depends on their order. */
+static inline float largest_of_block(const float *x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(_mm512_loadu_ps(x)), _mm512_abs_ps(_mm512_loadu_ps(x + 16))));
+#elif defined(__AVX2__)
+    const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+    __m256 most = _mm256_and_ps(_mm256_loadu_ps(x), magnitude);
+    for (int c = 8; c < BLOCK; c += 8) most = _mm256_max_ps(most, _mm256_and_ps(_mm256_loadu_ps(x + c), magnitude));
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(most), _mm256_extractf128_ps(most, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_shuffle_ps(four, four, 1)));
+#else
+    float most = 0;
+    for (int c = 0; c < BLOCK; c++) most = fabsf(x[c]) > most ? fabsf(x[c]) : most;
+    return most;
+#endif
+}
+
+static inline int32_t codes_of_half(int8_t *code, const float *x, float inverse) {
+#if defined(__AVX512F__)
+    __m512i codes = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x), _mm512_set1_ps(inverse)));
+    _mm_storeu_si128((void *)code, _mm512_cvtepi32_epi8(codes));
+    return _mm512_reduce_add_epi32(codes);
+#elif defined(__AVX2__)
+    __m256i low = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x), _mm256_set1_ps(inverse)));
+    __m256i high = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8), _mm256_set1_ps(inverse)));
+    __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8), all = _mm256_madd_epi16(words, _mm256_set1_epi16(1));
+    _mm_storeu_si128((void *)code, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+    __m128i four = _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    return _mm_cvtsi128_si32(four) + _mm_extract_epi32(four, 1);
+#else
+    int32_t sum = 0;
+    for (int c = 0; c < BLOCK / 2; c++) {
+        int32_t one = (int32_t)rintf(x[c] * inverse);
+        code[c] = (int8_t)one;
+        sum += one;
+    }
+    return sum;
+#endif
+}
+
 static void quantize_row(tops_q8 *restrict q, const float *restrict x, int64_t cols) {
     for (int64_t b = 0; b < cols / BLOCK; b++, x += BLOCK, q++) {
-        float most = 0;
-        for (int c = 0; c < BLOCK; c++) most = fabsf(x[c]) > most ? fabsf(x[c]) : most;
-        float inverse = most > 0 ? 127.0f / most : 0;
-        int32_t sum[2] = {0};
+        float most = largest_of_block(x), inverse = most > 0 ? 127.0f / most : 0;
         q->scale = most / 127.0f;
-        for (int half = 0; half < 2; half++)
-            for (int c = 16 * half; c < 16 * half + 16; c++) {
-                int32_t code = (int32_t)rintf(x[c] * inverse);
-                q->code[c] = (int8_t)code;
-                sum[half] += code;
-            }
-        for (int half = 0; half < 2; half++) q->half_sum[half] = q->scale * (float)sum[half];
+        int32_t sum[2];
+        for (int half = 0; half < 2; half++) {
+            sum[half] = codes_of_half(q->code + 16 * half, x + 16 * half, inverse);
+            q->half_sum[half] = q->scale * (float)sum[half];
+        }
         q->sum = q->scale * (float)(sum[0] + sum[1]);
     }
 }

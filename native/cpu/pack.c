@@ -160,7 +160,7 @@ int tops_pack(tops_stream *stream, void *out, const void *in, int32_t dtype, int
     if (tops_packed_bytes(dtype, rows, cols) < 0)
         return tops_fail(TOPS_UNSUPPORTED, "dtype: no packed layout for dtype %d with %lld x %lld", dtype, (long long)rows, (long long)cols);
     pack_job job = {out, in, dtype, rows, cols, tops_group_bytes(dtype, cols), tops_file_row_bytes(dtype, cols)};
-    tops_team_run(stream->team, group_count(rows), pack_item, &job);
+    tops_team_run(stream, group_count(rows), pack_item, &job);
     return TOPS_OK;
 }
 
@@ -213,6 +213,6 @@ int tops_unpack_rows(tops_stream *stream, float *out, const tops_weight *w, int6
     REQUIRE(tops_packed_bytes(w->dtype, w->rows, w->cols) >= 0, "w: no packed layout for dtype %d with %lld columns", w->dtype, (long long)w->cols);
     REQUIRE(first >= 0 && count >= 0 && first + count <= w->rows, "rows: %lld..%lld of %lld", (long long)first, (long long)(first + count), (long long)w->rows);
     unpack_job job = {out, w, first};
-    tops_team_run(stream->team, count, unpack_item, &job);
+    tops_team_run(stream, count, unpack_item, &job);
     return TOPS_OK;
 }

@@ -43,7 +43,7 @@ int tops_quantize(tops_stream *stream, void *out, const float *in, int32_t dtype
     if (dtype != TOPS_Q8_0 && dtype != TOPS_Q4_0) return tops_fail(TOPS_UNSUPPORTED, "dtype: rounds to Q8_0, Q4_0, f16 and bf16, not %d", dtype);
     REQUIRE(cols % BLOCK == 0, "cols: must be a multiple of 32, not %lld", (long long)cols);
     quantize_job job = {out, in, dtype, cols};
-    tops_team_run(stream->team, rows, quantize_file_row, &job);
+    tops_team_run(stream, rows, quantize_file_row, &job);
     return TOPS_OK;
 }
 

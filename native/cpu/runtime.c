@@ -191,7 +191,7 @@ static void copy_piece(void *context, int64_t piece) {
 int tops_copy_in_pieces(tops_stream *stream, void *out, const void *const *hosts, int64_t count, int64_t bytes) {
     REQUIRE(count >= 0 && bytes >= 0, "count, bytes: must be at least 0, not %lld, %lld", (long long)count, (long long)bytes);
     pieces_job job = {out, hosts, bytes};
-    if (bytes) tops_team_run(stream->team, count, copy_piece, &job);
+    if (bytes) tops_team_run(stream, count, copy_piece, &job);
     return TOPS_OK;
 }
 
@@ -237,7 +237,7 @@ static void read_piece(void *context, int64_t item) {
 int tops_read(tops_stream *stream, float *out, const void *in, int64_t bytes) {
     REQUIRE(bytes >= 0, "bytes: must be at least 0, not %lld", (long long)bytes);
     read_job job = {.in = in, .bytes = bytes};
-    tops_team_run(stream->team, (bytes + PIECE - 1) / PIECE, read_piece, &job);
+    tops_team_run(stream, (bytes + PIECE - 1) / PIECE, read_piece, &job);
     uint32_t bits = atomic_load(&job.total_bits);
     memcpy(out, &bits, 4);
     return TOPS_OK;

@@ -4,11 +4,12 @@
  * where items would be too few to go round; their softmaxes are merged at the end (log-sum-exp weights).
  */
 #include <math.h>
+#include <stdatomic.h>
 #include <string.h>
 
 #include "../cpu/internal.h"
 
-enum { TOKENS = 32, SPAN = 256, QUERIES = 16384 };   /* QUERIES: floats of an item's queries, on the stack */
+enum { TOKENS = 32, LEAST = 32, SPAN = 256, QUERIES = 16384 };   /* LEAST positions in a span; QUERIES: floats of an item's queries, on the stack */
 
 typedef struct {
     int32_t first, tokens;    /* rows of the batch */
@@ -17,54 +18,29 @@ typedef struct {
 typedef struct {
     unsigned char *out;
     const unsigned char *qkv;
-    const tops_kv *kv;
-    const tops_batch *batch;
-    const row_run *runs;
-    int64_t h, g, p, width, row_cols, splits, span;   /* width: of a head with its padding */
+    tops_kv kv;
+    tops_batch batch;
+    int64_t h, g, p, width, row_cols;   /* width: of a head with its padding */
     float scale;
-    float *partial, *maximum, *sum;   /* [splits, n, h, width], [splits, n, h] twice; inside a run ordered by head, then by row */
     int gated, dtype;
+    row_run *runs;                      /* this and what follows is planned when positions are known */
+    int64_t splits, span, items;
+    float *partial, *maximum, *sum;     /* [splits, n, h, width], [splits, n, h] twice; inside a run ordered by head, then by row */
+    _Atomic int32_t *open;              /* [run, g] spans that are not computed yet */
 } attention_job;
 
-static int64_t width_of(int64_t p) { return (p + 15) / 16 * 16; }
-
 static int64_t place_of(const attention_job *job, int64_t split, const row_run *run, int64_t head) {
-    return (split * job->batch->n + run->first) * job->h + head * run->tokens * (job->h / job->g);
+    return (split * job->batch.n + run->first) * job->h + head * run->tokens * (job->h / job->g);
 }
 
-static void attend_item(void *context, int64_t index) {
-    const attention_job *job = context;
-    int64_t split = index % job->splits, head = index / job->splits % job->g, heads = job->h / job->g, p = job->p, width = job->width;
-    const row_run *run = job->runs + index / job->splits / job->g;
-    _Alignas(64) float q[QUERIES];
-    for (int t = 0; t < run->tokens; t++)
-        for (int64_t j = 0; j < heads; j++) {
-            float *row = q + (t * heads + j) * width;
-            int64_t place = (run->first + t) * job->row_cols + (head * heads + j) * p;
-            tops_cpu->load_row(row, job->qkv + place * (int64_t)storage_bytes(job->dtype), job->dtype, p);
-            for (int64_t c = 0; c < width; c++) row[c] = c < p ? row[c] * job->scale : 0;
-        }
-
-    const int32_t *positions = job->batch->positions + run->first;
-    int64_t from = split * job->span, until = positions[run->tokens - 1] + 1;
-    if (until > from + job->span) until = from + job->span;
-    int64_t place = place_of(job, split, run, head);
-    tops_attention_item item = {
-        .q = q, .pages = job->batch->page_table + job->batch->sequences[run->first] * job->batch->max_pages, .kv = job->kv,
-        .g = job->g, .p = p, .width = width, .head = head, .tokens = run->tokens, .heads = (int)heads, .positions = positions,
-        .from = from, .until = until, .out = job->partial + place * width, .maximum = job->maximum + place, .sum = job->sum + place};
-    tops_cpu->attend(&item);
-}
-
-static void merge_run(void *context, int64_t index) {
-    const attention_job *job = context;
-    int64_t heads = job->h / job->g, p = job->p, size = (int64_t)storage_bytes(job->dtype);
-    const row_run *run = job->runs + index;
+/* All spans of a run's rows and the query heads that share a key-value head, in order of position whoever computed them. */
+static void merge(const attention_job *job, const row_run *run, int64_t head) {
+    int64_t heads = job->h / job->g, p = job->p, size = (int64_t)storage_bytes(job->dtype), step = job->batch.n * job->h;
     float merged[256], gate[256];
     for (int t = 0; t < run->tokens; t++) {
-        for (int64_t j = 0; j < job->h; j++) {
+        for (int64_t j = head * heads; j < (head + 1) * heads; j++) {
             float highest = -INFINITY, total = 0;
-            int64_t row = place_of(job, 0, run, j / heads) + t * heads + j % heads, step = job->batch->n * job->h;
+            int64_t row = place_of(job, 0, run, head) + t * heads + j % heads;
             for (int64_t s = 0; s < job->splits; s++)
                 if (job->sum[row + s * step] > 0 && job->maximum[row + s * step] > highest) highest = job->maximum[row + s * step];
             memset(merged, 0, sizeof merged);
@@ -85,20 +61,35 @@ static void merge_run(void *context, int64_t index) {
     }
 }
 
-typedef struct {
-    void *out;
-    const void *qkv;
-    tops_kv kv;
-    tops_batch batch;
-    int64_t h, g, p;
-    float scale;
-    int gated, dtype;
-} attention_call;
+static void attend_item(void *context, int64_t index) {
+    const attention_job *job = context;
+    int64_t split = index % job->splits, head = index / job->splits % job->g, heads = job->h / job->g, p = job->p, width = job->width;
+    const row_run *run = job->runs + index / job->splits / job->g;
+    _Alignas(64) float q[QUERIES];
+    for (int t = 0; t < run->tokens; t++)
+        for (int64_t j = 0; j < heads; j++) {
+            float *row = q + (t * heads + j) * width;
+            int64_t place = (run->first + t) * job->row_cols + (head * heads + j) * p;
+            tops_cpu->load_row(row, job->qkv + place * (int64_t)storage_bytes(job->dtype), job->dtype, p);
+            for (int64_t c = 0; c < width; c++) row[c] = c < p ? row[c] * job->scale : 0;
+        }
 
-static int attention(tops_stream *stream, void *arguments) {
-    const attention_call *call = arguments;
-    const tops_batch *batch = &call->batch;
-    int64_t n = batch->n, h = call->h, g = call->g, p = call->p, width = width_of(p);
+    const int32_t *positions = job->batch.positions + run->first;
+    int64_t from = split * job->span, until = positions[run->tokens - 1] + 1;
+    if (until > from + job->span) until = from + job->span;
+    int64_t place = place_of(job, split, run, head);
+    tops_attention_item item = {
+        .q = q, .pages = job->batch.page_table + job->batch.sequences[run->first] * job->batch.max_pages, .kv = &job->kv,
+        .g = job->g, .p = p, .width = width, .head = head, .tokens = run->tokens, .heads = (int)heads, .positions = positions,
+        .from = from, .until = until, .out = job->partial + place * width, .maximum = job->maximum + place, .sum = job->sum + place};
+    tops_cpu->attend(&item);
+    if (atomic_fetch_sub(job->open + (run - job->runs) * job->g + head, 1) == 1) merge(job, run, head);
+}
+
+static int plan(tops_stream *stream, void *context) {
+    attention_job *job = context;
+    const tops_batch *batch = &job->batch;
+    int64_t n = batch->n, h = job->h, g = job->g, width = job->width;
     tops_scratch scratch = scratch_of(stream);
     row_run *runs = scratch_take(&scratch, n * (int64_t)sizeof *runs);
     REQUIRE_SCRATCH(runs);
@@ -107,37 +98,50 @@ static int attention(tops_stream *stream, void *arguments) {
     for (int64_t t = 0; t < n; t++) {
         row_run *last = runs + count - 1;
         int64_t position = batch->positions[t];
-        REQUIRE(position >= 0 && position < batch->max_pages * call->kv.page_size, "positions[%lld]: outside the page table: %lld", (long long)t,
+        REQUIRE(position >= 0 && position < batch->max_pages * job->kv.page_size, "positions[%lld]: outside the page table: %lld", (long long)t,
                 (long long)position);
         if (position + 1 > longest) longest = position + 1;
         if (count && batch->sequences[last->first] == batch->sequences[t] && last->tokens < most) last->tokens++;
         else runs[count++] = (row_run){(int32_t)t, 1};
     }
-    int64_t splits = (longest + SPAN - 1) / SPAN, wanted = tops_team_threads(stream->team) * 4;
-    if (splits > (wanted + count * g - 1) / (count * g)) splits = (wanted + count * g - 1) / (count * g);
+    int64_t threads = tops_team_threads(stream->team), wanted = threads * (longest > SPAN ? 4 : 2), splits = (wanted + count * g - 1) / (count * g);
+    while (threads > 1 && splits > 1 && splits < 2 * threads && count * g * splits % threads) splits++;   /* the same number for each thread */
+    if (splits > (longest + LEAST - 1) / LEAST) splits = (longest + LEAST - 1) / LEAST;
     if (splits * n > n + 64) splits = (n + 64) / n;   /* what tops_scratch_bytes provides for */
-    attention_job job = {.out = call->out, .qkv = call->qkv, .kv = &call->kv, .batch = batch, .runs = runs, .h = h, .g = g, .p = p, .width = width,
-                         .row_cols = ((call->gated ? 2 * h : h) + 2 * g) * p, .splits = splits, .span = (longest + splits - 1) / splits,
-                         .scale = call->scale, .gated = call->gated, .dtype = call->dtype};
-    job.partial = scratch_take(&scratch, splits * n * h * width * 4);
-    job.maximum = scratch_take(&scratch, splits * n * h * 4);
-    job.sum = scratch_take(&scratch, splits * n * h * 4);
-    REQUIRE_SCRATCH(job.sum);
-    tops_team_run(stream->team, count * g * splits, attend_item, &job);
-    if (n < 8) for (int64_t i = 0; i < count; i++) merge_run(&job, i);
-    else tops_team_run(stream->team, count, merge_run, &job);
+    job->runs = runs;
+    job->splits = splits;
+    job->span = ((longest + splits - 1) / splits + LEAST - 1) / LEAST * LEAST;
+    job->items = count * g * splits;
+    job->partial = scratch_take(&scratch, splits * n * h * width * 4);
+    job->maximum = scratch_take(&scratch, splits * n * h * 4);
+    job->sum = scratch_take(&scratch, splits * n * h * 4);
+    job->open = scratch_take(&scratch, count * g * (int64_t)sizeof *job->open);
+    REQUIRE_SCRATCH(job->open);
+    for (int64_t i = 0; i < count * g; i++) atomic_init(job->open + i, (int32_t)splits);
     return TOPS_OK;
+}
+
+/* Where there may be more items than a stage takes. */
+static int attention(tops_stream *stream, void *context) {
+    attention_job *job = context;
+    int status = plan(stream, context);
+    if (!status) tops_team_run(stream, job->items, attend_item, job);
+    return status;
 }
 
 int tops_paged_attention(tops_stream *stream, void *out, const void *qkv, const tops_kv *kv, const tops_batch *batch,
                          int64_t h, int64_t g, int64_t p, float scale, int32_t gated, int32_t dtype) {
+    int64_t n = batch->n, width = (p + 15) / 16 * 16;
     REQUIRE(dtype == TOPS_F32 || dtype == TOPS_BF16, "dtype: must be f32 or bf16, not %d", dtype);
     REQUIRE(g >= 1 && h % g == 0, "h: must be a multiple of g = %lld, not %lld", (long long)g, (long long)h);
-    REQUIRE(p >= 1 && width_of(p) <= 256 && h / g * width_of(p) <= QUERIES,
-            "p: must be in 1..256 with at most 16384 values in a group of heads, not %lld", (long long)p);
+    REQUIRE(p >= 1 && width <= 256 && h / g * width <= QUERIES, "p: must be in 1..256 with at most 16384 values in a group of heads, not %lld", (long long)p);
     int status = check_cache(kv);
-    if (status || batch->n == 0) return status;
-    return CALL(attention, attention_call, out, qkv, *kv, *batch, h, g, p, scale, gated, dtype);
+    if (status || n == 0) return status;
+    attention_job job = {.out = out, .qkv = qkv, .kv = *kv, .batch = *batch, .h = h, .g = g, .p = p, .width = width,
+                         .row_cols = ((gated ? 2 * h : h) + 2 * g) * p, .scale = scale, .gated = gated, .dtype = dtype};
+    if (n * g + 4 * tops_team_threads(stream->team) > MOST_ITEMS) return tops_do(stream, &(tops_stage){.serial = attention}, 1, &job, sizeof job, 0);
+    tops_stage stages[] = {{.serial = plan}, {.task = attend_item, .count_at = offsetof(attention_job, items)}};
+    return tops_do(stream, stages, 2, &job, sizeof job, 0);
 }
 
 int tops_rope_attention(tops_stream *stream, void *out, void *qkv, const tops_kv *kv, const tops_batch *batch, const float *table,

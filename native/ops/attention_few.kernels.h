@@ -71,14 +71,20 @@ INLINE void ask_for(const unsigned char *row, int64_t bytes) {
 INLINE void scores_of(int rows, int across, int dtype, float *scores, const float *q, int64_t width, const places *now, const places *next) {
     int64_t size = cached_bytes(dtype);
     for (int s = 0; s < CHUNK; s += across) {
-        vec sum[LANES] = {{0}};
+        vec sum[LANES];
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) sum[i] = (vec){0};
         for (int i = 0; i < across; i++) ask_for(next->key[s + i], cached_row_bytes(dtype, width));
         for (int64_t c = 0; c < width; c += LANES)
+#pragma GCC unroll 16
             for (int i = 0; i < across; i++) {
                 vec key = widened(now->key[s + i] + c * size, dtype);
+#pragma GCC unroll 4
                 for (int r = 0; r < rows; r++) sum[r * across + i] += load(q + r * width + c) * key;
             }
+#pragma GCC unroll 4
         for (int count = LANES / 2; count; count /= 2)
+#pragma GCC unroll 8
             for (int i = 0; i < count; i++) sum[i] = add_pairs(sum[2 * i], sum[2 * i + 1]);
         for (int r = 0; r < rows; r++) memcpy(scores + r * CHUNK + s, (const float *)sum + r * across, (size_t)across * sizeof(float));
     }

@@ -60,31 +60,24 @@ static void product(const expert_job *job, float *out, const row_group *rows, in
     rows->tile(out, rows->packed, &job->x, first, tokens, rows->scales);
 }
 
-static void prepare_row(void *context, int64_t at) {
-    expert_job *job = context;
-    int64_t cols = job->x.cols;
-    float *row = (float *)job->x.f32 + at * cols;
-    tops_cpu->load_row(row, job->in + (size_t)(row_of(job, job->order[at]) * cols) * storage_bytes(job->dtype), job->dtype, cols);
-    if (job->x.q8)
-        tops_cpu->quantize_row((tops_q8 *)job->x.q8 + at * (cols / BLOCK), row, cols);
+static void prepare_pair(void *context, int64_t at) {
+    const expert_job *job = context;
+    int64_t bytes = job->x.cols * (int64_t)storage_bytes(job->dtype);
+    tops_prepare_row(&job->x, at, job->in + row_of(job, job->order[at]) * bytes, job->dtype, NULL, 0);
 }
 
 /* Sorts the pairs and loads their rows. */
 static int sort_pairs(tops_stream *stream, expert_job *job, tops_scratch *scratch, const int32_t *experts, int parts) {
-    int64_t n = job->n, k = job->k, e = job->e, pairs = n * (k + 1), cols = job->w[0].cols;
+    int64_t n = job->n, k = job->k, e = job->e, pairs = n * (k + 1);
     int32_t *values = scratch_take(scratch, pairs * 12 + (2 * e + 3) * 4);
     REQUIRE_SCRATCH(values);
     job->order = values + pairs;
     job->starts = job->order + pairs;
     job->active = job->starts + e + 2;
-    job->x = (tops_rows){.cols = cols, .f32 = scratch_take(scratch, pairs * cols * 4)};
-    REQUIRE_SCRATCH(job->x.f32);
     bool q8 = false;
     for (int part = 0; part < parts; part++) q8 = q8 || rounds_to_q8(&job->w[part]) || rounds_to_q8(&job->shared[part]);
-    if (q8) {
-        job->x.q8 = scratch_take(scratch, pairs * (cols / BLOCK) * (int64_t)sizeof *job->x.q8);
-        REQUIRE_SCRATCH(job->x.q8);
-    }
+    int64_t bytes;
+    REQUIRE_SCRATCH(tops_take_rows(&job->x, &bytes, scratch, 1, pairs, job->w->cols, q8, false) ? stream->scratch : NULL);
     for (int64_t t = 0; t < n; t++) {
         for (int64_t j = 0; j < k; j++) values[t * (k + 1) + j] = experts[t * k + j] < e ? experts[t * k + j] : -1;
         values[t * (k + 1) + k] = (int32_t)e;
@@ -93,7 +86,7 @@ static int sort_pairs(tops_stream *stream, expert_job *job, tops_scratch *scratc
     if (status) return status;
     for (int64_t expert = 0; expert <= e; expert++)
         if (job->starts[expert] < job->starts[expert + 1]) job->active[job->actives++] = (int32_t)expert;
-    tops_team_run(stream->team, job->starts[e + 1], prepare_row, job);
+    tops_team_run(stream, job->starts[e + 1], prepare_pair, job);
     return TOPS_OK;
 }
 
@@ -152,7 +145,7 @@ static int gate_up_silu(tops_stream *stream, void *arguments) {
     expert_job job = {.in = call->x, .n = call->n, .e = call->e, .k = call->k, .by_token = true, .dtype = call->dtype, .w = call->w,
                       .shared = call->shared, .out = call->out, .rows = call->shared->rows};
     int status = sort_pairs(stream, &job, &scratch, call->experts, 2);
-    if (!status) tops_team_run(stream->team, job.actives * ((group_count(job.rows) + SPAN - 1) / SPAN), gate_up_item, &job);
+    if (!status) tops_team_run(stream, job.actives * ((group_count(job.rows) + SPAN - 1) / SPAN), gate_up_item, &job);
     return status;
 }
 
@@ -204,7 +197,7 @@ static int down_add(tops_stream *stream, void *arguments) {
     if (status) return status;
     job.sums = scratch_take(&scratch, group_count(job.rows) * job.n * GROUP * 4);
     REQUIRE_SCRATCH(job.sums);
-    tops_team_run(stream->team, group_count(job.rows), down_item, &job);
+    tops_team_run(stream, group_count(job.rows), down_item, &job);
     return TOPS_OK;
 }
 

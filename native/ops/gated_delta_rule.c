@@ -154,7 +154,7 @@ static int gated_delta_rule(tops_stream *stream, void *arguments) {
     int64_t items = batch->n ? batch->b * s->hk : 0, most = stream->scratch_bytes / (job.floats * 4);
     job.scratch = (float *)stream->scratch;
     REQUIRE_SCRATCH(most ? stream->scratch : NULL);
-    for (; job.first < items; job.first += most) tops_team_run(stream->team, items - job.first < most ? items - job.first : most, delta_item, &job);
+    for (; job.first < items; job.first += most) tops_team_run(stream, items - job.first < most ? items - job.first : most, delta_item, &job);
     return TOPS_OK;
 }
 

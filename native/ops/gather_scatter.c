@@ -62,7 +62,7 @@ static void scatter_columns(void *context, int64_t item) {
 
 static int scatter_add(tops_stream *stream, void *arguments) {
     scatter_call *call = arguments;
-    tops_team_run(stream->team, (call->d + COLUMNS - 1) / COLUMNS, scatter_columns, call);
+    tops_team_run(stream, (call->d + COLUMNS - 1) / COLUMNS, scatter_columns, call);
     return TOPS_OK;
 }
 

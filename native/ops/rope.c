@@ -80,7 +80,7 @@ static int rope(tops_stream *stream, void *arguments) {
         REQUIRE(batch->slots[t] >= 0 && batch->slots[t] < call->kv.pages * call->kv.page_size, "slots[%lld]: outside the cache: %d", (long long)t,
                 batch->slots[t]);
     if (batch->n < 4) for (int64_t t = 0; t < batch->n; t++) rope_row(call, t);
-    else tops_team_run(stream->team, batch->n, rope_row, call);
+    else tops_team_run(stream, batch->n, rope_row, call);
     return TOPS_OK;
 }
 

@@ -44,7 +44,7 @@ static void route_row(void *context, int64_t t) {
 static int route(tops_stream *stream, void *arguments) {
     route_call *call = arguments;
     if (call->n < 8) for (int64_t t = 0; t < call->n; t++) route_row(call, t);
-    else tops_team_run(stream->team, call->n, route_row, call);
+    else tops_team_run(stream, call->n, route_row, call);
     return TOPS_OK;
 }
 

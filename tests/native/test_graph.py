@@ -112,6 +112,40 @@ def test_recordings_do_not_mix(backend):
         assert (get(backend, out) == value).all()
 
 
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_that_come_late_change_nothing(backend, rng, threads):
+    """Calls and launches in turn, by more threads than there are processors, which therefore often miss whole stages and programs."""
+    if backend.kind != "cpu":
+        return   # threads are the CPU library's
+    with Backend.open("cpu", threads) as team:
+        team.reserve(n=16, widest=1024, h=H, p=P)
+        step = Step(team, rng)
+        step.place([3, 90], [40, 7])
+        step.run()
+        expected = step.results()
+        with team.capture() as graph:
+            step.run()
+        for turn in range(2000):
+            for tensor in (step.logits, step.ids, step.x, step.attention):
+                team.zero(tensor)
+            step.run() if turn % 3 == 0 else graph.launch()
+            assert all(np.array_equal(a, b) for a, b in zip(expected, step.results(), strict=True)), turn
+
+
+def test_a_graph_is_of_no_use_after_its_scratch_is_gone(rng, backend):
+    if backend.kind != "cpu":
+        return   # a GPU's scratch stays where it is
+    with Backend.open("cpu", 2) as small:
+        small.reserve(n=16, widest=256, h=H, p=P)
+        step = Step(small, rng)
+        with small.capture() as graph:
+            step.run()
+        graph.launch()
+        small.reserve(n=512, widest=8192, h=32, p=256)
+        with pytest.raises(TensorOpsError, match="recorded before"):
+            graph.launch()
+
+
 def test_an_argument_is_refused_while_it_is_recorded(step):
     with step.backend.capture():
         with pytest.raises(TensorOpsError, match="n: must be at least 0"):
