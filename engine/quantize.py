@@ -22,8 +22,7 @@ import platformdirs
 
 from inference_pio.engine.errors import BadCheckpoint, EngineError
 from inference_pio.engine.gguf import open_gguf
-from inference_pio.engine.tensor_file import TensorInfo, tensor_bytes
-from inference_pio.engine.weights import SCALE
+from inference_pio.engine.tensor_file import SCALE, TensorInfo, tensor_bytes
 from inference_pio.native import ops
 from inference_pio.native.backend import Backend
 from inference_pio.native.dtype import DType, row_bytes
@@ -138,11 +137,9 @@ class _Rounder:
 
     def write(self, file: BinaryIO, tensor: TensorInfo, scale: TensorInfo | None, dtype: DType) -> None:
         cols, rows, at_once = tensor.shape[-1], prod(tensor.shape[:-1]), _rows_at_once(tensor)
-        scales, wide = None, -(-cols // 128)
+        wide, scales = -(-cols // 128), None
         if tensor.dtype == DType.FP8_E4M3:
-            if scale is None or scale.shape != (-(-rows // 128), wide):
-                raise BadCheckpoint(f"tensor {tensor.name!r} is FP8 and lacks its scales {tensor.name + SCALE!r} of [{-(-rows // 128)}, {wide}]")
-            scales = scale.floats()
+            scales = tensor.block_scales(scale, rows, cols)
         per_row, exact = row_bytes(tensor.dtype, cols), self._exact.reshaped((at_once, cols))
         for first in range(0, rows, at_once):
             count = min(at_once, rows - first)

@@ -41,6 +41,9 @@ class MappedFile:
         self._map.close()
 
 
+SCALE = "_scale_inv"   # ends the name of block-FP8's scales: despite it they multiply
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """Where a tensor lies. dtype is None where the file uses a number format that no kernel knows; `type_name` is the file's word."""
@@ -72,6 +75,15 @@ class TensorInfo:
             words = struct.unpack(f"<{count}H", self.data)
             return list(struct.unpack(f"<{count}f", struct.pack(f"<{count}I", *(word << 16 for word in words))))
         raise BadCheckpoint(f"{self.file.path}: tensor {self.name!r} must be f32, f16 or bf16, not {self.type_name}")
+
+    def block_scales(self, scale: TensorInfo | None, rows: int, cols: int) -> list[float]:
+        """Of an FP8 matrix, row by row: the values of `scale`, of which there must be one for each block of 128 x 128."""
+        shape = (-(-rows // 128), -(-cols // 128))
+        if scale is None:
+            raise BadCheckpoint(f"{self.file.path}: tensor {self.name!r} is FP8 and lacks its scales {self.name + SCALE!r} of {list(shape)}")
+        if scale.shape != shape:
+            raise BadCheckpoint(f"{self.file.path}: tensor {scale.name!r} must be {list(shape)}, not {list(scale.shape)}")
+        return scale.floats()
 
 
 def tensor_bytes(dtype: DType, shape: tuple[int, ...]) -> int:

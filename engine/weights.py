@@ -8,12 +8,10 @@ from collections.abc import Callable, Sequence
 from math import prod
 
 from inference_pio.engine.errors import BadCheckpoint
-from inference_pio.engine.tensor_file import MappedFile, TensorInfo
+from inference_pio.engine.tensor_file import SCALE, MappedFile, TensorInfo
 from inference_pio.models.contract import Rows
 from inference_pio.native.backend import Backend, Tensor, Weight
 from inference_pio.native.dtype import DType, row_bytes
-
-SCALE = "_scale_inv"   # block-FP8: despite its name it multiplies
 
 
 class WeightStore:
@@ -133,17 +131,13 @@ class WeightStore:
 
     def _scales(self, info: TensorInfo, rows: int, cols: int, ranges: tuple[range, ...]) -> bytes | None:
         """f32 scales by blocks of 128 x 128 of the rows that are taken."""
-        name = info.name + SCALE
         if info.dtype != DType.FP8_E4M3:
             return None
-        if name not in self._tensors:
-            raise self._bad(info.name, f"is FP8 and lacks its scales {name!r}")
-        scale, wide = self._take(name), -(-cols // 128)
-        if scale.shape != (-(-rows // 128), wide):
-            raise self._bad(name, f"must be {[-(-rows // 128), wide]}, not {list(scale.shape)}")
+        name, wide = info.name + SCALE, -(-cols // 128)
+        values = info.block_scales(self._tensors.get(name), rows, cols)
+        self._taken.add(name)
         if any(r.start % 128 or (len(r) % 128 and r.stop != rows) for r in ranges):
             raise self._bad(info.name, "is FP8 and cannot be cut inside a block of 128 rows")
-        values = scale.floats()
         return struct.pack(f"<{sum(-(-len(r) // 128) for r in ranges) * wide}f",
                            *(v for r in ranges for v in values[r.start // 128 * wide:-(-r.stop // 128) * wide]))
 

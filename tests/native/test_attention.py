@@ -57,20 +57,43 @@ class Scene:
         return out.reshape(self.n, self.h * self.p)
 
 
+class Rope:
+    """A step's rotation of the first r dimensions of heads, after their norm where there is one."""
+
+    def __init__(self, backend, rng, scene, r, normed):
+        self.scene, self.eps = scene, 1e-6
+        self.inv_freq = (10000.0 ** (-np.arange(r // 2) / (r // 2))).astype(np.float32)
+        # The table's angles are products in f32.
+        self.angle = (scene.positions[:, None].astype(np.float32) * self.inv_freq).astype(np.float64)
+        self.weights = [rng.uniform(0.5, 1.5, scene.p).astype(np.float32) for _ in range(2)] if normed else None
+        self.norms = [put(backend, w) for w in self.weights] if normed else [None, None]
+
+    @property
+    def table(self):
+        """[n, r / 2, 2]"""
+        return np.stack([np.cos(self.angle), np.sin(self.angle)], 2)
+
+    def heads(self, pairs):
+        """What becomes of the step's queries and keys, its values and its gates: [n, heads, p] each."""
+        scene = self.scene
+        h, g, p = scene.h, scene.g, scene.p
+        q, k, v, gate = np.split(scene.qkv.reshape(scene.n, scene.qkv.shape[1] // p, p), [h, h + g, h + 2 * g], 1)
+        if self.weights:
+            q, k = (x / np.sqrt((x * x).mean(2, keepdims=True) + self.eps) * w for x, w in zip((q, k), self.weights))
+        return self._rotated(q, pairs), self._rotated(k, pairs), v, gate
+
+    def _rotated(self, x, pairs):
+        c, s = np.cos(self.angle)[:, None], np.sin(self.angle)[:, None]
+        out, half = x.copy(), len(self.inv_freq)
+        first, second = (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if pairs else (slice(0, half), slice(half, 2 * half))
+        out[..., first] = x[..., first] * c - x[..., second] * s
+        out[..., second] = x[..., second] * c + x[..., first] * s
+        return out
+
+
 def require(backend, cache):
     if cache == DType.Q8_0 and backend.kind != "cpu":
         pytest.skip("a GPU keeps keys and values in 16 bits")
-
-
-def rotated(x, positions, inv_freq, pairs):
-    """x [n, heads, p] with its first 2 len(inv_freq) dimensions rotated; the table's angles are products in f32."""
-    angle = (positions[:, None].astype(np.float32) * inv_freq.astype(np.float32)).astype(np.float64)
-    c, s = np.cos(angle)[:, None], np.sin(angle)[:, None]
-    out, half = x.copy(), len(inv_freq)
-    first, second = (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if pairs else (slice(0, half), slice(half, 2 * half))
-    out[..., first] = x[..., first] * c - x[..., second] * s
-    out[..., second] = x[..., second] * c + x[..., first] * s
-    return out
 
 
 @pytest.mark.parametrize("storage,cache", [(DType.F32, DType.F32), (DType.BF16, DType.BF16), (DType.F32, DType.Q8_0)], ids=str)
@@ -78,33 +101,24 @@ def rotated(x, positions, inv_freq, pairs):
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("news,r,gated", [((), 16, False), ((1,), 64, False), ((1, 3, 0, 5), 16, False), ((7,), 32, True)])
 def test_qk_norm_rope_store(backend, rng, storage, cache, pairs, normed, news, r, gated):
-    h, g, p, eps = 4, 2, 64, 1e-6
+    h, g, p = 4, 2, 64
     require(backend, cache)
     scene = Scene(backend, rng, [int(rng.integers(0, 40)) for _ in news] or [0], list(news) or [0], h, g, p, storage, cache, gated)
-    n = scene.n
-    inv_freq = (10000.0 ** (-np.arange(r // 2) / (r // 2))).astype(np.float32)
+    n, rope = scene.n, Rope(backend, rng, scene, r, normed)
     table = Guarded(backend, n, r)
     shaped = type(table.tensor)(backend, table.tensor.pointer, (n + 1, r // 2, 2), DType.F32)
-    ops.rope_table(shaped, scene.batch.positions, put(backend, inv_freq), n)
-    angle = scene.positions[:, None].astype(np.float32) * inv_freq
-    expected = np.stack([np.cos(angle.astype(np.float64)), np.sin(angle.astype(np.float64))], 2).reshape(n, r)
-    assert np.allclose(table.read(), expected, atol=2e-6)
+    ops.rope_table(shaped, scene.batch.positions, put(backend, rope.inv_freq), n)
+    assert np.allclose(table.read(), rope.table.reshape(n, r), atol=2e-6)
 
-    weights = [rng.uniform(0.5, 1.5, p).astype(np.float32) for _ in range(2)]
-    q_norm, k_norm = ([put(backend, w) for w in weights] if normed else (None, None))
     qkv = Guarded(backend, n, scene.qkv.shape[1], storage, scene.qkv)
     before = get_cached(backend, scene.whole, cache).reshape(2, -1, g, PAGE, p)
-    ops.qk_norm_rope_store(qkv.tensor, scene.kv, scene.batch, shaped, q_norm, k_norm, h, pairs, eps, **({"gated": True} if gated else {}))
+    ops.qk_norm_rope_store(qkv.tensor, scene.kv, scene.batch, shaped, *rope.norms, h, pairs, rope.eps, **({"gated": True} if gated else {}))
 
-    heads = scene.qkv.reshape(n, scene.qkv.shape[1] // p, p)
-    q, k, v = heads[:, :h], heads[:, h: h + g], heads[:, h + g: h + 2 * g]
-    if normed:
-        q, k = (x / np.sqrt((x * x).mean(2, keepdims=True) + eps) * w for x, w in zip((q, k), weights))
-    q, k = (rotated(x, scene.positions, inv_freq, pairs) for x in (q, k))
+    q, k, v, gate = rope.heads(pairs)
     limit = 2e-6 if storage == DType.F32 else 8e-3
-    actual = qkv.read().reshape(heads.shape)
+    actual = qkv.read().reshape(n, scene.qkv.shape[1] // p, p)
     assert error(actual[:, :h], q) < limit
-    assert np.array_equal(actual[:, h + 2 * g:], heads[:, h + 2 * g:])
+    assert np.array_equal(actual[:, h + 2 * g:], gate)
     after, expected = get_cached(backend, scene.whole, cache).reshape(2, -1, g, PAGE, p), before.astype(np.float64)
     for t in range(n):
         page = scene.table[scene.sequences[t], scene.positions[t] // PAGE]
@@ -160,21 +174,10 @@ def test_a_cache_in_a_format_without_kernels_is_refused(backend, rng):
                                         ((5, 260, 16, 90), (1, 1, 1, 1)), ((126, 1), (0, 5)), ((33, 0, 129), (2, 17, 1))])
 def test_rope_attention(backend, rng, storage, h, g, p, r, normed, gated, pasts, news):
     scene = Scene(backend, rng, pasts, news, h, g, p, storage, storage, gated)
-    n, eps = scene.n, 1e-6
-    inv_freq = (10000.0 ** (-np.arange(r // 2) / (r // 2))).astype(np.float32)
-    angle = (scene.positions[:, None].astype(np.float32) * inv_freq).astype(np.float64)
-    table = put(backend, np.stack([np.cos(angle), np.sin(angle)], 2).reshape(n, r).astype(np.float32))
-    shaped = type(table)(backend, table.pointer, (n, r // 2, 2), DType.F32)
-    weights = [rng.uniform(0.5, 1.5, p).astype(np.float32) for _ in range(2)]
-    q_norm, k_norm = ([put(backend, w) for w in weights] if normed else (None, None))
-    out = Guarded(backend, n, h * p, storage)
-    ops.rope_attention(out.tensor, put(backend, scene.qkv, storage), scene.kv, scene.batch, shaped, q_norm, k_norm, h, 0, p**-0.5, eps, gated)
-
-    heads = scene.qkv.reshape(n, scene.qkv.shape[1] // p, p)
-    q, k, v, gate = heads[:, :h], heads[:, h: h + g], heads[:, h + g: h + 2 * g], heads[:, h + 2 * g:]
-    if normed:
-        q, k = (x / np.sqrt((x * x).mean(2, keepdims=True) + eps) * w for x, w in zip((q, k), weights))
-    q, k = (rotated(x, scene.positions, inv_freq, 0) for x in (q, k))
+    n, rope = scene.n, Rope(backend, rng, scene, r, normed)
+    out, table = Guarded(backend, n, h * p, storage), put(backend, rope.table)
+    ops.rope_attention(out.tensor, put(backend, scene.qkv, storage), scene.kv, scene.batch, table, *rope.norms, h, 0, p**-0.5, rope.eps, gated)
+    q, k, v, gate = rope.heads(0)
     for t in range(n):
         page, row = scene.table[scene.sequences[t], scene.positions[t] // PAGE], scene.positions[t] % PAGE
         scene.k[page, :, row], scene.v[page, :, row] = round_to(k[t], storage), v[t]
