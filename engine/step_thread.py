@@ -20,7 +20,7 @@ class StepThread:
     """Runs a stepper's steps while there are any, and sleeps else. Its methods may be called from any thread."""
 
     def __init__(self, stepper: Stepper, backend: Backend):
-        self._stepper, self._backend = stepper, backend
+        self._stepper, self._backend, self._sequences = stepper, backend, stepper.sequences
         self._arrivals: deque[Sequence | tuple[Callable[[], Any], Future]] = deque()
         self._condition = threading.Condition()
         self._closing = False
@@ -62,7 +62,8 @@ class StepThread:
 
     def _run(self) -> None:
         try:
-            while self._receive():
+            # Between two tokens nothing is locked: whoever arrives now is seen one step later.
+            while (self._sequences and not self._arrivals and not self._closing) or self._receive():
                 try:
                     self._stepper.step()
                 except DeviceFailed as error:
@@ -74,11 +75,9 @@ class StepThread:
 
     def _receive(self) -> bool:
         """Take in what has arrived; sleep while there is nothing to do. False when the engine closes."""
-        if not self._arrivals and not self._closing and not self._stepper.idle:
-            return True   # as between two tokens; whoever arrives now is seen one step later
         while True:
             with self._condition:
-                while not self._arrivals and self._stepper.idle and not self._closing:
+                while not self._arrivals and not self._sequences and not self._closing:
                     self._condition.wait()
                 arrivals = list(self._arrivals)
                 self._arrivals.clear()
@@ -91,7 +90,7 @@ class StepThread:
                     self._stepper.add(item)
                 else:
                     _answer(*item)
-            if not self._stepper.idle:
+            if self._sequences:
                 return True
 
     def _fail(self, error: DeviceError) -> None:

@@ -31,14 +31,11 @@ class Stepper:
         self._cache = RadixCache(self._pool, PAGE_SIZE, slots, host.pool if host else None)
         self._checkpoints = Checkpoints(slots, self._cache, boundaries, host) if slots else None
         self._scheduler = Scheduler(runner.most_tokens(runner.backend), MOST_ROWS)
+        self.sequences = self._scheduler.sequences   # none: there is nothing to do
         self._steps = self._reused = self._computed = self._recomputed = self._generated = 0
         self._last_error: str | None = None
         self._drawn: list[Sequence] = []     # whose newest token is not in their streams yet
         self._steady: list[Sequence] = []    # of the step before, if the next one may be the same, one token later
-
-    @property
-    def idle(self) -> bool:
-        return not self._scheduler.sequences
 
     def add(self, sequence: Sequence) -> None:
         self._steady = []
@@ -262,10 +259,10 @@ class Stepper:
         for sequence, token in zip(sequences, tokens):
             if reason := sequence.accept(token):
                 self._finish(sequence, reason)
-            else:
+            elif self._runner.backend.asynchronous:
                 self._drawn.append(sequence)
-        if not self._runner.backend.asynchronous:
-            self._deliver()
+            else:
+                sequence.deliver()
 
     def _deliver(self) -> None:
         """Hand out the tokens of the step before. Where a device computes on its own this is done while it does, because waking those
