@@ -16,6 +16,10 @@ typedef struct {
 } row_run;
 
 typedef struct {
+    _Alignas(64) _Atomic int32_t spans;   /* that are not computed yet */
+} open_spans;
+
+typedef struct {
     unsigned char *out;
     const unsigned char *qkv;
     tops_kv kv;
@@ -26,7 +30,7 @@ typedef struct {
     row_run *runs;                      /* this and what follows is planned when positions are known */
     int64_t splits, span, items;
     float *partial, *maximum, *sum;     /* [splits, n, h, width], [splits, n, h] twice; inside a run ordered by head, then by row */
-    _Atomic int32_t *open;              /* [run, g] spans that are not computed yet */
+    open_spans *open;                   /* [run, g] */
 } attention_job;
 
 static int64_t place_of(const attention_job *job, int64_t split, const row_run *run, int64_t head) {
@@ -78,12 +82,15 @@ static void attend_item(void *context, int64_t index) {
     int64_t from = split * job->span, until = positions[run->tokens - 1] + 1;
     if (until > from + job->span) until = from + job->span;
     int64_t place = place_of(job, split, run, head);
+    float maximum[QUERIES / 16], sum[QUERIES / 16];   /* here, because in the job's arrays other threads' stand in the same lines */
     tops_attention_item item = {
         .q = q, .pages = job->batch.page_table + job->batch.sequences[run->first] * job->batch.max_pages, .kv = &job->kv,
         .g = job->g, .p = p, .width = width, .head = head, .tokens = run->tokens, .heads = (int)heads, .positions = positions,
-        .from = from, .until = until, .out = job->partial + place * width, .maximum = job->maximum + place, .sum = job->sum + place};
+        .from = from, .until = until, .out = job->partial + place * width, .maximum = maximum, .sum = sum};
     tops_cpu->attend(&item);
-    if (atomic_fetch_sub(job->open + (run - job->runs) * job->g + head, 1) == 1) merge(job, run, head);
+    memcpy(job->maximum + place, maximum, (size_t)(run->tokens * heads) * sizeof *maximum);
+    memcpy(job->sum + place, sum, (size_t)(run->tokens * heads) * sizeof *sum);
+    if (job->splits == 1 || atomic_fetch_sub(&job->open[(run - job->runs) * job->g + head].spans, 1) == 1) merge(job, run, head);
 }
 
 static int plan(tops_stream *stream, void *context) {
@@ -115,9 +122,9 @@ static int plan(tops_stream *stream, void *context) {
     job->partial = scratch_take(&scratch, splits * n * h * width * 4);
     job->maximum = scratch_take(&scratch, splits * n * h * 4);
     job->sum = scratch_take(&scratch, splits * n * h * 4);
-    job->open = scratch_take(&scratch, count * g * (int64_t)sizeof *job->open);
+    job->open = scratch_take(&scratch, splits > 1 ? count * g * (int64_t)sizeof *job->open : 0);
     REQUIRE_SCRATCH(job->open);
-    for (int64_t i = 0; i < count * g; i++) atomic_init(job->open + i, (int32_t)splits);
+    for (int64_t i = 0; splits > 1 && i < count * g; i++) atomic_init(&job->open[i].spans, (int32_t)splits);
     return TOPS_OK;
 }
 

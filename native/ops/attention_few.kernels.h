@@ -117,6 +117,10 @@ INLINE void attend_rows(int rows, int dtype, const tops_attention_item *item, in
     float *out = item->out + first * width;
     places found[2];
     find(&found[0], item, item->from);
+    for (int s = 0; first == 0 && s < CHUNK && item->from < item->until; s++) {   /* all at once, before the first one is waited for */
+        ask_for(found[0].key[s], cached_row_bytes(dtype, item->p));
+        ask_for(found[0].value[s], cached_row_bytes(dtype, item->p));
+    }
     for (int64_t at = item->from, turn = 0; at < item->until; at += CHUNK, turn ^= 1) {
         const places *now = &found[turn], *next = now;
         int64_t count = item->until - at < CHUNK ? item->until - at : CHUNK;
