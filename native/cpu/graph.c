@@ -5,10 +5,9 @@
 
 #include "internal.h"
 
-/* While it is recorded, a stage's context and what it reads are offsets in `contexts`, because that moves when it grows. */
+/* While it is recorded, a stage's context is an offset in `contexts`, because that moves when it grows. */
 struct tops_graph {
     tops_stage *stages;
-    size_t *reads;                  /* of each stage; 0: none */
     int64_t count, most;
     unsigned char *contexts;
     size_t bytes, capacity;
@@ -18,10 +17,9 @@ struct tops_graph {
 static bool make_room(tops_graph *graph, size_t bytes) {
     if (graph->count + MOST_STAGES > graph->most) {
         int64_t most = 2 * graph->most + 64;
-        void *stages = realloc(graph->stages, (size_t)most * sizeof *graph->stages), *reads = NULL;
-        if (stages) graph->stages = stages, reads = realloc(graph->reads, (size_t)most * sizeof *graph->reads);
-        if (!reads) return false;
-        graph->reads = reads;
+        void *stages = realloc(graph->stages, (size_t)most * sizeof *graph->stages);
+        if (!stages) return false;
+        graph->stages = stages;
         graph->most = most;
     }
     if (graph->bytes + bytes > graph->capacity) {
@@ -34,7 +32,7 @@ static bool make_room(tops_graph *graph, size_t bytes) {
     return true;
 }
 
-int tops_do(tops_stream *stream, const tops_stage *stages, int count, void *context, size_t bytes, size_t reads) {
+int tops_do(tops_stream *stream, const tops_stage *stages, int count, void *context, size_t bytes) {
     tops_graph *graph = stream->recording;
     if (!graph) {
         tops_stage now[MOST_STAGES];
@@ -50,8 +48,7 @@ int tops_do(tops_stream *stream, const tops_stage *stages, int count, void *cont
     graph->bytes += padded;
     for (int i = 0; i < count; i++) {
         graph->stages[graph->count] = stages[i];
-        graph->stages[graph->count].context = (void *)at;
-        graph->reads[graph->count++] = reads && i == count - 1 ? at + reads : 0;
+        graph->stages[graph->count++].context = (void *)at;
     }
     return TOPS_OK;
 }
@@ -66,12 +63,7 @@ int tops_graph_begin(tops_stream *stream) {
 int tops_graph_end(tops_stream *stream, tops_graph **graph) {
     tops_graph *made = stream->recording;
     REQUIRE(made, "graph: the stream records none");
-    const tops_reads *next = NULL;
-    for (int64_t i = made->count - 1; i >= 0; i--) {
-        made->stages[i].context = made->contexts + (size_t)made->stages[i].context;
-        made->stages[i].next = next;
-        if (made->reads[i]) next = (const tops_reads *)(made->contexts + made->reads[i]);
-    }
+    for (int64_t i = 0; i < made->count; i++) made->stages[i].context = made->contexts + (size_t)made->stages[i].context;
     made->scratch = stream->scratch;
     stream->recording = NULL;
     *graph = made;
@@ -87,7 +79,6 @@ int tops_graph_launch(tops_stream *stream, tops_graph *graph) {
 int tops_graph_free(tops_stream *stream, tops_graph *graph) {
     tops_team_rest(stream->team);
     free(graph->stages);
-    free(graph->reads);
     free(graph->contexts);
     free(graph);
     return TOPS_OK;

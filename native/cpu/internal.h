@@ -20,12 +20,6 @@ typedef struct tops_team tops_team;
 typedef void (*tops_task)(void *context, int64_t item);
 typedef int (*tops_body)(tops_stream *stream, void *context);
 
-/* Memory that a stage reads, item by item from one address on or from two. */
-typedef struct {
-    const unsigned char *from[2];   /* null: none */
-    int64_t item_bytes[2], items;
-} tops_reads;
-
 /* task(context, item) for every item in base .. base + items - 1, each on whatever thread takes it, or the serial body alone, on the
  * caller's thread. A stage sees what the ones before it have written. */
 typedef struct {
@@ -35,7 +29,6 @@ typedef struct {
     void *context;
     int64_t base, items;
     size_t count_at;                /* not 0: items is the int64_t in the context there, as the stages before have left it */
-    const tops_reads *next;         /* null, or what threads may ask memory for while they wait */
 } tops_stage;
 enum { MOST_STAGES = 2, MOST_ITEMS = 4095 };   /* stages of one op, items of one stage */
 
@@ -58,8 +51,8 @@ struct tops_stream {
 
 /* ---- ops: an op checks its arguments and does its stages, at once or recorded. Contexts are copied then; what stands in memory is
  * checked by the stages, because it differs between two launches. ---- */
-int tops_do(tops_stream *stream, const tops_stage *stages, int count, void *context, size_t bytes, size_t reads);   /* reads: where in the context, 0: none */
-#define CALL(body, type, ...) tops_do(stream, &(tops_stage){.serial = body}, 1, &(type){__VA_ARGS__}, sizeof(type), 0)
+int tops_do(tops_stream *stream, const tops_stage *stages, int count, void *context, size_t bytes);
+#define CALL(body, type, ...) tops_do(stream, &(tops_stage){.serial = body}, 1, &(type){__VA_ARGS__}, sizeof(type))
 
 /* A cursor through the stream's scratch; take gives null when it is too small. */
 typedef struct {

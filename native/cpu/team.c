@@ -58,29 +58,6 @@ struct tops_team {
 static _Thread_local int me;                  /* place in the team; a caller's is 0 */
 int tops_me(void) { return me; }
 
-/* ---- while a thread waits, it asks memory for its share of what is read next ---- */
-enum { ASK_MOST = 96 << 10 };                 /* of one address: of two it fits into half of a cache of 512 kB */
-
-typedef struct {
-    const tops_reads *reads;
-    int64_t asked;
-} asking;
-
-static bool ask(const tops_team *team, const tops_reads *reads, asking *state) {
-    bool asks = false;
-    if (reads != state->reads) *state = (asking){reads, 0};
-    if (reads && state->asked < ASK_MOST) {
-        int64_t first = reads->items * me / team->threads, own = reads->items * (me + 1) / team->threads - first;
-        for (int i = 0; i < 2; i++) {
-            if (!reads->from[i] || state->asked >= own * reads->item_bytes[i]) continue;
-            __builtin_prefetch(reads->from[i] + first * reads->item_bytes[i] + state->asked, 0, 2);
-            asks = true;
-        }
-        state->asked += 64;
-    }
-    return asks;
-}
-
 /* ---- a program ---- */
 
 typedef struct {
@@ -160,7 +137,6 @@ static int64_t walk(tops_team *team, tops_stream *stream, uint64_t epoch, int *s
     int64_t count = atomic_load(&team->count);
     uint64_t first = atomic_load(&team->first);
     position at = {.epoch = epoch, .number = first};
-    asking state = {0};
     while (at.number - first < (uint64_t)count && goes_on(team, &at)) {
         const tops_stage *stage = stages + (at.number - first);
         at.stage = *stage;
@@ -180,8 +156,8 @@ static int64_t walk(tops_team *team, tops_stream *stream, uint64_t epoch, int *s
         for (int64_t turn = 1; (number = next_number(team, &at)) == at.number && goes_on(team, &at); turn++) {
             if (turn % STEAL == 0 && !at.stage.serial)
                 for (int i = 1; i < team->threads; i++) work(team, &at, (me + i) % team->threads);
-            if (turn >= SPIN) sched_yield();
-            else if (!ask(team, at.stage.next, &state)) RELAX();
+            if (turn < SPIN) RELAX();
+            else sched_yield();
         }
         at.number = number;
     }

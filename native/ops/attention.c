@@ -146,9 +146,9 @@ int tops_paged_attention(tops_stream *stream, void *out, const void *qkv, const 
     if (status || n == 0) return status;
     attention_job job = {.out = out, .qkv = qkv, .kv = *kv, .batch = *batch, .h = h, .g = g, .p = p, .width = width,
                          .row_cols = ((gated ? 2 * h : h) + 2 * g) * p, .scale = scale, .gated = gated, .dtype = dtype};
-    if (n * g + 4 * tops_team_threads(stream->team) > MOST_ITEMS) return tops_do(stream, &(tops_stage){.serial = attention}, 1, &job, sizeof job, 0);
+    if (n * g + 4 * tops_team_threads(stream->team) > MOST_ITEMS) return tops_do(stream, &(tops_stage){.serial = attention}, 1, &job, sizeof job);
     tops_stage stages[] = {{.serial = plan}, {.task = attend_item, .count_at = offsetof(attention_job, items)}};
-    return tops_do(stream, stages, 2, &job, sizeof job, 0);
+    return tops_do(stream, stages, 2, &job, sizeof job);
 }
 
 int tops_rope_attention(tops_stream *stream, void *out, void *qkv, const tops_kv *kv, const tops_batch *batch, const float *table,

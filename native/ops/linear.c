@@ -14,10 +14,9 @@ typedef struct {
     void *out;
     float eps;
     int parts, mode, dtype, out_dtype;
-    int64_t n, out_cols, groups, chunk;
+    int64_t n, out_cols, groups, chunk;   /* groups of the job and of an item */
     tops_rows rows;                 /* x prepared: by all threads for all of them, or by each for itself, own_bytes apart */
     int64_t own_bytes;
-    tops_reads reads;
     tops_weight w[MOST_PARTS];      /* as many as there are parts */
 } linear_job;
 
@@ -135,21 +134,13 @@ static void run_chunk(void *context, int64_t item) {
     }
 }
 
-/* Items of equal size, eight for each thread or a few more, so that every thread has as many. */
-static void share_out(linear_job *job, int64_t threads, bool pairs) {
-    int64_t items = 8 * threads < MOST_ITEMS / 2 ? 8 * threads : MOST_ITEMS / 2, chunk = (job->groups + items - 1) / items, least = chunk / 2;
-    if (pairs) chunk += chunk % 2;
-    for (int64_t less = chunk; less > least && !pairs; less--)
-        if ((job->groups + less - 1) / less % threads == 0) {
-            chunk = less;
-            break;
-        }
-    job->chunk = chunk;
-    job->reads.items = (job->groups + chunk - 1) / chunk;
-    for (int i = 0; i < (job->mode == GATE_UP ? 2 : 1); i++) {
-        job->reads.from[i] = job->w[i].data;
-        job->reads.item_bytes[i] = chunk * tops_group_bytes(job->w[i].dtype, job->w[i].cols);
-    }
+/* Groups of an item: eight items for each thread or a few more, so that every thread has as many. */
+static int64_t chunk_of(int64_t groups, int64_t threads, bool pairs) {
+    int64_t items = 8 * threads < MOST_ITEMS / 2 ? 8 * threads : MOST_ITEMS / 2, most = (groups + items - 1) / items;
+    if (pairs) return most + most % 2;
+    for (int64_t chunk = most; chunk > most / 2; chunk--)
+        if ((groups + chunk - 1) / chunk % threads == 0) return chunk;
+    return most;
 }
 
 enum { FEW_VALUES = 4096 };   /* of rows that every thread prepares for itself, which takes less time than to wait for who would do it */
@@ -173,11 +164,8 @@ static int run(tops_stream *stream, void *out, const void *x, const float *norm,
         pairs = pairs || (mode != GATE_UP && n > 1 && in_pairs(&w[i]));
     }
     if (n == 0 || job.out_cols == 0) return TOPS_OK;
-    if (mode == GATE_UP) {
-        job.out_cols /= 2;
-        job.groups /= 2;
-    }
-    share_out(&job, threads, pairs);
+    if (mode == GATE_UP) job.out_cols /= 2, job.groups /= 2;
+    job.chunk = chunk_of(job.groups, threads, pairs);
     tops_scratch scratch = scratch_of(stream);
     bool alone = n * cols <= FEW_VALUES && tops_take_rows(&job.rows, &job.own_bytes, &scratch, threads, n, cols, q8, bf16);
     if (!alone) {
@@ -185,8 +173,8 @@ static int run(tops_stream *stream, void *out, const void *x, const float *norm,
         job.own_bytes = 0;
     }
     tops_stage stages[] = {{.task = prepare_some, .items = (n + rows_of_an_item(n) - 1) / rows_of_an_item(n)},
-                           {.task = run_chunk, .begin = alone ? prepare_own : NULL, .items = job.reads.items}};
-    return tops_do(stream, stages + alone, 2 - alone, &job, offsetof(linear_job, w) + (size_t)parts * sizeof *w, offsetof(linear_job, reads));
+                           {.task = run_chunk, .begin = alone ? prepare_own : NULL, .items = (job.groups + job.chunk - 1) / job.chunk}};
+    return tops_do(stream, stages + alone, 2 - alone, &job, offsetof(linear_job, w) + (size_t)parts * sizeof *w);
 }
 
 int tops_linear(tops_stream *stream, void *out, const void *x, const tops_weight *w, int32_t parts, int64_t n, int32_t dtype) {
