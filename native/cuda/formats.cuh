@@ -76,7 +76,8 @@ template <int D> __device__ inline float2 affine(const Matrix &w, int64_t block,
     return make_float2(d.x * (float)sc.x, -(d.y * (float)sc.y));
 }
 
-template <int D> __device__ constexpr int code_offset() { return D == TOPS_Q4_0 ? 8 : D == TOPS_Q5_0 ? 16 : D == TOPS_Q6_K ? 32 : 0; }
+template <int D> constexpr bool HAS_MINIMUM = D == TOPS_Q4_1 || D == TOPS_Q5_1 || D == TOPS_Q4_K || D == TOPS_Q5_K;
+template <int D> __host__ __device__ constexpr int code_offset() { return D == TOPS_Q4_0 ? 8 : D == TOPS_Q5_0 ? 16 : D == TOPS_Q6_K ? 32 : 0; }
 
 /* Four bits become the lowest bits of four bytes. */
 __device__ inline uint32_t spread(uint32_t bits) { return ((bits & 15) * 0x00204081u) & 0x01010101u; }

@@ -39,23 +39,22 @@ __device__ inline void copy_word_async(void *to, const void *from, bool there) {
 
 __device__ inline int piece_place(int row, int piece) { return row * 128 + ((piece ^ ((row & 1) << 2 | row >> 1)) << 4); }
 
-/* Where a lane copies the next slots of 8 rows of a matrix from; what lies beyond the matrix becomes zeros. */
+/* Where a lane copies the next slots of 8 rows of a matrix from; columns beyond the matrix become zeros, rows beyond it the last one. */
 template <int D> struct Source {
     typedef Slot<D> S;
     static constexpr int PIECE_VALUES = S::VALUES / 8, SCALE_WORDS = S::SCALE_ROW / 4, SCALE_COPIES = (SCALE_WORDS * STREAM_ROWS + 31) / 32;
     const unsigned char *low, *scales, *supers;
     const uint32_t *high, *higher;
-    int64_t low_step;    /* bytes of four rows of codes */
-    int left[2];         /* columns of rows lane / 8 and + 4 from the lane's piece on; at most 0: there is nothing to copy */
-    int scales_left, scales_step, supers_left;
+    int low_step;                 /* bytes from a row to the one four further */
+    int left, scales_left, supers_left;   /* columns from the lane's piece on, from its scales on; at most 0: there is nothing to copy */
+    int scales_step;
 
     __device__ void begin(const Matrix &m, int64_t row, int chunk, int lane) {
         const int columns = (int)m.cols - chunk * S::VALUES;
         const int64_t pieces = m.cols / PIECE_VALUES, place = min(row + lane / 8, m.rows - 1) * pieces + chunk * 8 + lane % 8;
         low = m.low + place * 16;
-        low_step = row + lane / 8 + 4 < m.rows ? 64 * pieces : 0;
-#pragma unroll
-        for (int i = 0; i < 2; i++) left[i] = row + lane / 8 + 4 * i < m.rows ? columns - lane % 8 * PIECE_VALUES : 0;
+        low_step = row + lane / 8 + 4 < m.rows ? 64 * (int)pieces : 0;
+        left = columns - lane % 8 * PIECE_VALUES;
         if (S::QUANTISED && S::HIGH_PLANES) high = m.high + place;
         if (S::QUANTISED && S::HIGH_PLANES > 1) higher = m.higher + place;
         if constexpr (SCALE_COPIES > 0) {   /* a lane's word; of two, the second lies 32 / SCALE_WORDS rows further down */
@@ -63,28 +62,28 @@ template <int D> struct Source {
             const int64_t from = min(row + scale_row, m.rows - 1);
             if (D == TOPS_FP8_E4M3) scales = reinterpret_cast<const unsigned char *>(m.fp8_scales + from / 128 * ((m.cols + 127) / 128) + chunk);
             else scales = static_cast<const unsigned char *>(m.scales) + (from * (m.cols / 32) + chunk * S::BLOCKS) * scale_bytes(D) + word * 4;
-            scales_left = row + scale_row < m.rows ? columns - (D == TOPS_FP8_E4M3 ? 0 : word * 128 / scale_bytes(D)) : 0;
-            scales_step = row + scale_row + 4 < m.rows ? (int)(m.cols / 32) * scale_bytes(D) * 4 : -1;
+            scales_left = columns - (D == TOPS_FP8_E4M3 ? 0 : word * 128 / scale_bytes(D));
+            scales_step = row + scale_row + 4 < m.rows ? (int)(m.cols / 32) * scale_bytes(D) * 4 : 0;
         }
         if (S::SUPER_ROW) {   /* Q6_K has two bytes: the word that holds them is copied, in which odd slots' stand above */
             supers = static_cast<const unsigned char *>(m.supers) + ((min(row + lane % 8, m.rows - 1) * (m.cols / 256) + chunk) * super_scale_bytes(D) & ~(int64_t)3);
-            supers_left = lane < STREAM_ROWS && row + lane < m.rows ? columns : 0;
+            supers_left = columns;
         }
     }
     __device__ void fetch(unsigned char *slot, int place, int chunk, int lane) {   /* place: of the lane's first piece */
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            copy_async(slot + (i ? (place ^ 32) + 512 : place), low + i * low_step, left[i] > 0);
-            if (S::QUANTISED && S::HIGH_PLANES) copy_word_async(slot + S::HIGH + (lane + 32 * i) * 4, high + i * (low_step / 16), left[i] > 0);
-            if (S::QUANTISED && S::HIGH_PLANES > 1) copy_word_async(slot + S::HIGH + (64 + lane + 32 * i) * 4, higher + i * (low_step / 16), left[i] > 0);
-            left[i] -= S::VALUES;
+            copy_async(slot + (i ? (place ^ 32) + 512 : place), low + i * low_step, left > 0);
+            if (S::QUANTISED && S::HIGH_PLANES) copy_word_async(slot + S::HIGH + (lane + 32 * i) * 4, high + i * (low_step / 16), left > 0);
+            if (S::QUANTISED && S::HIGH_PLANES > 1) copy_word_async(slot + S::HIGH + (64 + lane + 32 * i) * 4, higher + i * (low_step / 16), left > 0);
         }
+        left -= S::VALUES;
         low += 128;
         high += 8;
         higher += 8;
         if constexpr (SCALE_COPIES > 0) {
             if (SCALE_COPIES * 32 == SCALE_WORDS * STREAM_ROWS || lane < SCALE_WORDS * STREAM_ROWS) copy_word_async(slot + S::SCALES + lane * 4, scales, scales_left > 0);
-            if (SCALE_COPIES > 1) copy_word_async(slot + S::SCALES + (lane + 32) * 4, scales + max(scales_step, 0), scales_step >= 0 && scales_left > 0);
+            if (SCALE_COPIES > 1) copy_word_async(slot + S::SCALES + (lane + 32) * 4, scales + scales_step, scales_left > 0);
             scales += S::SCALE_ROW;
             scales_left -= S::VALUES;
         }

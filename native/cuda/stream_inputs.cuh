@@ -1,7 +1,9 @@
 /* The inputs of a streaming product (gemv_stream.cuh) in shared memory. */
 #pragma once
 
+#include "fixed.cuh"
 #include "linear.cuh"
+#include "ring.cuh"
 #include "storage.cuh"
 
 namespace stream {
@@ -14,57 +16,37 @@ static_assert(THREADS * 8 == STREAM_NORM_MOST, "a thread has eight columns of a 
  * the tokens are the left operand. So inputs lie in shared memory by units of 32 columns, of which lane % 4 has 8, four pairs, as
  *   T 1:  [unit][lane % 4][pairs 0, 2 | 1, 3]
  *   T 16: [unit][pairs 0, 1 | 2, 3][t % 8][lane % 4][first pair of t, of t + 8, second pair of t, of t + 8]; 64 bytes between units
- * Pairs are of columns in the order in which the weights' codes come out of memory: quantised and fp8 weights have 0 and 2, 1 and 3. */
+ * Pairs are of columns in the order in which the weights' codes come out of memory: with 16 tokens quantised and fp8 weights have 0 and 2, 1 and 3.
+ *
+ * Of one token, fp8 weights find f16 less a power of two for each slot, which stands behind the slot's units, and quantised weights find integers
+ * (fixed.cuh) as multiply_fixed's lanes take them, by slot: [lane] of its column's block the bytes of columns 4 (lane % 4) .. + 3 and 16 further, of
+ * each accumulator; then a Block for 32 columns, or for each 16 (Q6_K). */
 template <int T> constexpr int UNIT = T == 1 ? 64 : 1024 + 64;   /* bytes */
+template <int D, int T> constexpr bool FIXED = T == 1 && is_quantised(D);
+template <int D> constexpr int SUM_COLUMNS = D == TOPS_Q6_K ? 16 : 32;
+template <int D, int T> constexpr int SLOT_INPUTS = FIXED<D, T> ? Slot<D>::VALUES * 2 + Slot<D>::VALUES / SUM_COLUMNS<D> * 8
+                                                                 : Slot<D>::VALUES / 32 * UNIT<T> + (T == 1 && D == TOPS_FP8_E4M3 ? 16 : 0);
 
 /* Four columns from c on, of tokens t and t + 8 if T is 16. */
 template <int D, int T> __device__ inline void put_columns(unsigned char *inputs, int t, int c, uint2 v, uint2 w) {
     int unit = c / 32, quad = c % 32 / 8, half = c % 8 / 4;
     if (is_quantised(D)) quad = c % 16 / 4, half = c % 32 / 16;
     if (D == TOPS_FP8_E4M3) unit = c / 64 * 2 + c % 16 / 8, quad = c % 64 / 16, half = c % 8 / 4;
+    if (T == 1) {
+        uint32_t *to = reinterpret_cast<uint32_t *>(inputs + unit * UNIT<1> + (D == TOPS_FP8_E4M3 ? c / Slot<D>::VALUES * 16 : 0));
+        to[quad * 4 + half] = v.x;
+        to[quad * 4 + half + 2] = v.y;
+        return;
+    }
     if (D != TOPS_BF16) {
         v = make_uint2(__byte_perm(v.x, v.y, 0x5410), __byte_perm(v.x, v.y, 0x7632));
         w = make_uint2(__byte_perm(w.x, w.y, 0x5410), __byte_perm(w.x, w.y, 0x7632));
     }
-    uint32_t *to = reinterpret_cast<uint32_t *>(inputs + unit * UNIT<T>);
-    if (T == 1) {
-        to[quad * 4 + half] = v.x;
-        to[quad * 4 + half + 2] = v.y;
-    } else {
-        reinterpret_cast<uint4 *>(to)[(half * 8 + t) * 4 + quad] = make_uint4(v.x, w.x, v.y, w.y);
-    }
-}
-
-__device__ inline uint4 eight_columns(const Product &p, int t, int c) {   /* zeros beyond the matrix */
-    return c < p.cols ? __ldcg(reinterpret_cast<const uint4 *>(static_cast<const bf16 *>(p.x) + t * p.cols + c)) : make_uint4(0, 0, 0, 0);
+    reinterpret_cast<uint4 *>(inputs + unit * UNIT<T>)[(half * 8 + t) * 4 + quad] = make_uint4(v.x, w.x, v.y, w.y);
 }
 template <int D, int T> __device__ inline void put_eight(unsigned char *inputs, int t, int c, uint4 v, uint4 w) {
     put_columns<D, T>(inputs, t, c, make_uint2(v.x, v.y), make_uint2(w.x, w.y));
     put_columns<D, T>(inputs, t, c + 4, make_uint2(v.z, v.w), make_uint2(w.z, w.w));
-}
-
-/* Rows are taken GROUP<T> at a time, all requested together: of 16 those from 4 g and 4 g + 8 on. */
-template <int T> constexpr int GROUP = T == 1 ? 1 : 8;
-template <int T> __device__ inline int token_of(int g, int i) { return T == 1 ? 0 : 4 * g + i % 4 + i / 4 * 8; }
-template <int T> __device__ inline void get_group(uint4 (&rows)[GROUP<T>], const Product &p, int g, int c) {
-#pragma unroll
-    for (int i = 0; i < GROUP<T>; i++) rows[i] = token_of<T>(g, i) < p.n ? eight_columns(p, token_of<T>(g, i), c) : make_uint4(0, 0, 0, 0);
-}
-template <int D, int T> __device__ inline void put_group(unsigned char *inputs, int g, int c, const uint4 (&rows)[GROUP<T>]) {
-#pragma unroll
-    for (int i = 0; i < (GROUP<T> + 1) / 2; i++) put_eight<D, T>(inputs, token_of<T>(g, i), c, rows[i], rows[GROUP<T> / 2 + i]);
-}
-
-/* Lay out columns from..until of the rows of x, zeros where there is none. */
-template <int D, int T> __device__ inline void take_inputs(unsigned char *inputs, const Product &p, int from, int until) {
-    for (int c = from + threadIdx.x * 8; c < until; c += THREADS * 8)
-#pragma unroll 1
-        for (int g = 0; g < T / GROUP<T>; g++) {
-            uint4 rows[GROUP<T>];
-            get_group<T>(rows, p, g, c);
-            put_group<D, T>(inputs, g, c - from, rows);
-        }
-    __syncthreads();
 }
 
 __device__ inline void eight_floats(uint4 v, float (&to)[8]) {
@@ -75,18 +57,130 @@ __device__ inline void eight_floats(uint4 v, float (&to)[8]) {
         to[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
     }
 }
-
-/* The same for whole rows, normed: at most STREAM_NORM_MOST columns, eight for each thread. */
-template <int D, int T> __device__ inline void take_normed(unsigned char *inputs, const Product &p, int until, const float4 (&norm)[2]) {
-    __shared__ float4 sums[T][WARPS / 4];
-    const int c = threadIdx.x * 8;
-    uint4 rows[GROUP<T>];
-#pragma unroll 1
-    for (int g = 0; g < T / GROUP<T>; g++) {
-        float sum[GROUP<T>];
-        get_group<T>(rows, p, g, c);
+/* Eight columns times `factor` times the norm's weights, as bf16 */
+__device__ inline uint4 normed(const float (&v)[8], const float4 (&norm)[2], float factor) {
+    return make_uint4(pair_of(v[0] * factor * norm[0].x, v[1] * factor * norm[0].y), pair_of(v[2] * factor * norm[0].z, v[3] * factor * norm[0].w),
+                      pair_of(v[4] * factor * norm[1].x, v[5] * factor * norm[1].y), pair_of(v[6] * factor * norm[1].z, v[7] * factor * norm[1].w));
+}
+/* The largest magnitude of eight columns and of those of the neighbours, so many lanes together */
+__device__ inline uint32_t largest(uint4 v, int lanes) {
+    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+    uint32_t most = 0;
 #pragma unroll
-        for (int i = 0; i < GROUP<T>; i++) {
+    for (int i = 0; i < 4; i++) most = max(most, max(words[i] << 16 & 0x7fffffffu, words[i] & 0x7fff0000u));
+    for (int step = 1; step < lanes; step *= 2) most = max(most, __shfl_xor_sync(0xffffffff, most, step));
+    return most;
+}
+
+/* Eight columns of the only token, from c on, if they are there; all lanes of a warp call, with neighbouring columns. */
+template <int D> __device__ inline void put_one(unsigned char *inputs, int c, uint4 v, bool there) {
+    if constexpr (D == TOPS_BF16) {
+        if (there) put_eight<D, 1>(inputs, 0, c, v, v);
+    } else {
+        const int slot = c / Slot<D>::VALUES, column = c % Slot<D>::VALUES;
+        float x[8];
+        eight_floats(v, x);
+        if constexpr (D == TOPS_FP8_E4M3) {
+            const float step = step_of(largest(v, 16), 14), per_step = inverse(step);
+            const uint4 halves = make_uint4(half_pair(x[0] * per_step, x[1] * per_step), half_pair(x[2] * per_step, x[3] * per_step),
+                                            half_pair(x[4] * per_step, x[5] * per_step), half_pair(x[6] * per_step, x[7] * per_step));
+            if (there) put_eight<D, 1>(inputs, 0, c, halves, halves);
+            if (there && column == 0) *reinterpret_cast<float *>(inputs + (slot + 1) * SLOT_INPUTS<D, 1> - 16) = step;
+        } else {
+            const float step = step_of(largest(v, 4), 13), per_step = inverse(step);
+            uint2 high, low;
+            int sum = split_four(high.x, low.x, make_float4(x[0], x[1], x[2], x[3]), per_step);
+            sum += split_four(high.y, low.y, make_float4(x[4], x[5], x[6], x[7]), per_step);
+            for (int lanes = 1; lanes < SUM_COLUMNS<D> / 8; lanes *= 2) sum += __shfl_xor_sync(0xffffffff, sum, lanes);
+            if (!there) return;
+            unsigned char *to = inputs + slot * SLOT_INPUTS<D, 1>;
+            constexpr int BLOCKS = Slot<D>::BLOCKS, TILES = BLOCKS / 4;
+            const int block = column / 32, tile = block % (BLOCKS / 2) / 2, pair = block % 2 + block / (BLOCKS / 2) * 2, half = column % 32 / 16, quad = column % 16 / 4;
+            uint32_t *words = reinterpret_cast<uint32_t *>(to) + ((2 * pair * 4 + quad) * TILES + tile) * 2 + half;   /* of lane 8 pair + quad: the high bytes */
+            words[0] = high.x;
+            words[2 * TILES] = high.y;
+            words[8 * TILES] = low.x;
+            words[10 * TILES] = low.y;
+            if (column % SUM_COLUMNS<D> == 0) reinterpret_cast<Block *>(to + Slot<D>::VALUES * 2)[column / SUM_COLUMNS<D>] = block_of<D>(step, sum);
+        }
+    }
+}
+
+/* Lay out columns from..until of one token's row; get(c) gives eight of them, zeros beyond the row. */
+template <int D, typename Get> __device__ inline void take_row(unsigned char *inputs, int from, int until, Get get) {
+    for (int c = from + threadIdx.x * 8; c - (int)threadIdx.x % 32 * 8 < until; c += THREADS * 8)   /* whole warps */
+        put_one<D>(inputs, c - from, get(c), c < until);
+    __syncthreads();
+}
+/* A thread's eight weights of the norm */
+__device__ inline void get_norm(float4 (&norm)[2], const Product &p, int c) {
+    const float4 *at = reinterpret_cast<const float4 *>(p.norm + c), none = make_float4(0, 0, 0, 0);
+    norm[0] = c < p.cols ? __ldg(at) : none, norm[1] = c < p.cols ? __ldg(at + 1) : none;
+}
+/* The same for the whole row, normed: at most STREAM_NORM_MOST columns, eight for each thread. */
+template <int D, typename Get> __device__ inline void take_normed_row(unsigned char *inputs, const Product &p, int until, Get get) {
+    __shared__ float4 sums[WARPS / 4];
+    const int c = threadIdx.x * 8;
+    const uint4 row = get(c);
+    float4 norm[2];
+    get_norm(norm, p, c);
+    float x[8], sum = 0;
+    eight_floats(row, x);
+#pragma unroll
+    for (int k = 0; k < 8; k++) sum += x[k] * x[k];
+    sum = warp_sum(sum);
+    if (threadIdx.x % 32 == 0) reinterpret_cast<float *>(sums)[threadIdx.x / 32] = sum;
+    __syncthreads();
+    if (c - (int)threadIdx.x % 32 * 8 < until) {
+        float total = 0;
+#pragma unroll
+        for (int w = 0; w < WARPS / 4; w++) total += sums[w].x + sums[w].y + sums[w].z + sums[w].w;
+        put_one<D>(inputs, c, normed(x, norm, rsqrtf(total / (float)p.cols + p.eps)), c < until);
+    }
+    __syncthreads();
+}
+
+/* ---- 16 tokens ---- */
+__device__ inline uint4 eight_columns(const Product &p, int t, int c) {   /* zeros beyond the matrix */
+    return c < p.cols ? __ldcg(reinterpret_cast<const uint4 *>(static_cast<const bf16 *>(p.x) + t * p.cols + c)) : make_uint4(0, 0, 0, 0);
+}
+
+/* Rows are taken eight at a time, all requested together: those from 4 g and 4 g + 8 on. */
+constexpr int GROUP = 8;
+__device__ inline int token_of(int g, int i) { return 4 * g + i % 4 + i / 4 * 8; }
+__device__ inline void get_group(uint4 (&rows)[GROUP], const Product &p, int g, int c) {
+#pragma unroll
+    for (int i = 0; i < GROUP; i++) rows[i] = token_of(g, i) < p.n ? eight_columns(p, token_of(g, i), c) : make_uint4(0, 0, 0, 0);
+}
+template <int D> __device__ inline void put_group(unsigned char *inputs, int g, int c, const uint4 (&rows)[GROUP]) {
+#pragma unroll
+    for (int i = 0; i < GROUP / 2; i++) put_eight<D, 16>(inputs, token_of(g, i), c, rows[i], rows[GROUP / 2 + i]);
+}
+
+/* Lay out columns from..until of the rows of x, zeros where there is none. */
+template <int D> __device__ inline void take_rows(unsigned char *inputs, const Product &p, int from, int until) {
+    for (int c = from + threadIdx.x * 8; c < until; c += THREADS * 8)
+#pragma unroll 1
+        for (int g = 0; g < 16 / GROUP; g++) {
+            uint4 rows[GROUP];
+            get_group(rows, p, g, c);
+            put_group<D>(inputs, g, c - from, rows);
+        }
+    __syncthreads();
+}
+/* The same for whole rows, normed */
+template <int D> __device__ inline void take_normed_rows(unsigned char *inputs, const Product &p, int until) {
+    __shared__ float4 sums[16][WARPS / 4];
+    const int c = threadIdx.x * 8;
+    uint4 rows[GROUP];
+    float4 norm[2];
+    get_norm(norm, p, c);
+#pragma unroll 1
+    for (int g = 0; g < 16 / GROUP; g++) {
+        float sum[GROUP];
+        get_group(rows, p, g, c);
+#pragma unroll
+        for (int i = 0; i < GROUP; i++) {
             float v[8];
             eight_floats(rows[i], v);
             sum[i] = 0;
@@ -96,30 +190,28 @@ template <int D, int T> __device__ inline void take_normed(unsigned char *inputs
 #pragma unroll
         for (int step = 16; step; step /= 2)   /* side by side: a shuffle takes long */
 #pragma unroll
-            for (int i = 0; i < GROUP<T>; i++) sum[i] += __shfl_xor_sync(0xffffffff, sum[i], step);
+            for (int i = 0; i < GROUP; i++) sum[i] += __shfl_xor_sync(0xffffffff, sum[i], step);
         if (threadIdx.x % 32 == 0)
 #pragma unroll
-            for (int i = 0; i < GROUP<T>; i++) reinterpret_cast<float *>(sums[token_of<T>(g, i)])[threadIdx.x / 32] = sum[i];
+            for (int i = 0; i < GROUP; i++) reinterpret_cast<float *>(sums[token_of(g, i)])[threadIdx.x / 32] = sum[i];
     }
     __syncthreads();
     if (c < until)
 #pragma unroll 1
-        for (int g = 0; g < T / GROUP<T>; g++) {
-            if (T > 1) get_group<T>(rows, p, g, c);
+        for (int g = 0; g < 16 / GROUP; g++) {
+            get_group(rows, p, g, c);
 #pragma unroll
-            for (int i = 0; i < GROUP<T>; i++) {
+            for (int i = 0; i < GROUP; i++) {
                 float v[8], total = 0;
 #pragma unroll
                 for (int w = 0; w < WARPS / 4; w++) {
-                    const float4 four = sums[token_of<T>(g, i)][w];
+                    const float4 four = sums[token_of(g, i)][w];
                     total += four.x + four.y + four.z + four.w;
                 }
-                const float factor = rsqrtf(total / (float)p.cols + p.eps);
                 eight_floats(rows[i], v);
-                rows[i] = make_uint4(pair_of(v[0] * factor * norm[0].x, v[1] * factor * norm[0].y), pair_of(v[2] * factor * norm[0].z, v[3] * factor * norm[0].w),
-                                     pair_of(v[4] * factor * norm[1].x, v[5] * factor * norm[1].y), pair_of(v[6] * factor * norm[1].z, v[7] * factor * norm[1].w));
+                rows[i] = normed(v, norm, rsqrtf(total / (float)p.cols + p.eps));
             }
-            put_group<D, T>(inputs, g, c, rows);
+            put_group<D>(inputs, g, c, rows);
         }
     __syncthreads();
 }

@@ -55,6 +55,10 @@ struct matrix {
     tile_kind kind;
 };
 
+/* Where the codes and the scales of a tile begin */
+__device__ inline const char *tile_codes(const matrix &m, int row_tile, int col_tile) { return m.tiles + ((int64_t)row_tile * m.col_tiles + col_tile) * tile_bytes(m.kind); }
+__device__ inline const char *tile_scales(const matrix &m, int row_tile, int col_tile) { return m.scales + ((int64_t)row_tile * m.col_tiles + col_tile) * tile_scale_bytes(m.kind); }
+
 __host__ __device__ inline int64_t packed_bytes(tile_kind kind, int64_t rows, int64_t cols) {
     if (is_rows(kind)) return rows * cols * (kind == ROWS_F32 ? 4 : 2);
     return ((rows + TILE_ROWS - 1) / TILE_ROWS) * ((cols + TILE_COLS - 1) / TILE_COLS) * (tile_bytes(kind) + tile_scale_bytes(kind));

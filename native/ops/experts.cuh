@@ -29,48 +29,14 @@ int experts_gate_up_many(tops_stream *stream, const expert_arguments &a);
 int experts_down_many(tops_stream *stream, const expert_arguments &a);
 
 /* ---- a few tokens: what a block does. All its weights are on their way before its inputs are. ---- */
-enum { WARPS = 8, PAD = 16 };      /* rows of x in shared memory are PAD values longer: four neighbours are in different banks */
+enum { WARPS = 8, INPUT_TILE = 160 };      /* bytes of a token's inputs for a tile (experts_fixed.cuh) */
 
 template <tile_kind KIND> constexpr int AHEAD = tile_bytes(KIND) > 1024 ? 1 : 2048 / tile_bytes(KIND);      /* tiles on their way */
 
-/* x [n, cols] as bf16 rows of `pitch` in shared memory, normed where norm is not null, zeros up to the end of the last tile */
-static __device__ inline void stage_rows(bf16 *to, int pitch, const bf16 *x, int64_t x_pitch, const float *norm, float eps, int n, int cols, float *sums) {
-    int me = threadIdx.x, warp = me / 32, padded = pitch - PAD;
-    for (int t = 0; t < n; t++) {
-        float sum = 0;
-        for (int c = me * 8; c < padded; c += WARPS * 32 * 8) {
-            uint4 v = c < cols ? *(const uint4 *)(x + t * x_pitch + c) : make_uint4(0, 0, 0, 0);
-            *(uint4 *)(to + t * pitch + c) = v;
-            if (norm)
-                for (int i = 0; i < 4; i++) {
-                    float2 pair = __bfloat1622float2(((__nv_bfloat162 *)&v)[i]);
-                    sum += pair.x * pair.x + pair.y * pair.y;
-                }
-        }
-        if (!norm) continue;
-        sum = warp_sum(sum);
-        if (me % 32 == 0) sums[t * WARPS + warp] = sum;
-    }
-    if (norm) {
-        __syncthreads();
-        for (int t = 0; t < n; t++) {
-            float total = 0;
-            for (int w = 0; w < WARPS; w++) total += sums[t * WARPS + w];
-            float factor = rsqrtf(total / cols + eps);
-            for (int c = me * 8; c < cols; c += WARPS * 32 * 8) {      /* the thread's own values */
-                bf16 *at = to + t * pitch + c;
-                for (int i = 0; i < 8; i++) at[i] = __float2bfloat16_rn(__bfloat162float(at[i]) * factor * norm[c + i]);
-            }
-        }
-    }
-    __syncthreads();
-}
-
 /* sum += rows of a tile of m times x, over column tiles kw, kw + step, ..; ready() is called once the first tiles are on their way.
- * x rows as stage_rows left them; tokens from n on are zeros. */
+ * x rows of bf16 by tile; tokens from n on are zeros. */
 template <tile_kind KIND, int NT, int AHEAD, typename Ready>
-static __device__ inline void take_tiles(float (&sum)[NT][4], const matrix &m, int row_tile, int kw, int step, const bf16 *x, int pitch, int n, int lane,
-                                         Ready ready) {
+static __device__ inline void take_tiles(float (&sum)[NT][4], const matrix &m, int row_tile, int kw, int step, const unsigned char *x, int n, int lane, Ready ready) {
     tile<KIND> tiles[AHEAD];
 #pragma unroll
     for (int i = 0; i < AHEAD; i++)
@@ -83,7 +49,7 @@ static __device__ inline void take_tiles(float (&sum)[NT][4], const matrix &m, i
             if (c >= m.col_tiles) break;
             tiles[i].template multiply<NT>(sum, [&](int t, int s) {
                 int token = lane / 4 + t * 8;
-                return token < n ? *(const uint2 *)(x + token * pitch + c * TILE_COLS + s * 16 + lane % 4 * 4) : make_uint2(0, 0);
+                return token < n ? *(const uint2 *)(x + c * INPUT_TILE + s * 32 + lane % 4 * 8) : make_uint2(0, 0);
             });
             if (c + AHEAD * step < m.col_tiles) tiles[i].load(m, row_tile, c + AHEAD * step, lane);
         }

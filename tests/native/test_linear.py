@@ -132,6 +132,23 @@ def test_gate_up_silu_residual_and_logits(backend, rng, storage, dtype, activati
     assert error(out.read(), normed @ values.T) < max(limit, 1e-5)   # the input may be rounded to its storage
 
 
+@pytest.mark.parametrize("dtype", ALL, ids=lambda d: d.name)
+@pytest.mark.parametrize("n", [1, 3])
+def test_so_many_rows_that_each_worker_has_several_tiles(backend, rng, dtype, n):
+    cols = 512
+    x, norm = round_to(rng.standard_normal((n, cols)), DType.BF16), rng.uniform(0.5, 1.5, cols).astype(np.float32)
+    normed = x / np.sqrt((x * x).mean(1, keepdims=True) + EPS) * norm
+    parts = [random_weight(rng, dtype, 5120, cols) for _ in range(2)]
+    w = backend.pack([(data, dtype, 5120, cols, None if scales is None else scales.tobytes()) for data, _, scales in parts], DType.BF16)
+    gate, up = (normed @ values.T for _, values, _ in parts)
+    out = Guarded(backend, n, 5120, DType.BF16)
+    ops.rms_norm_gate_up_silu(out.tensor, put(backend, x, DType.BF16), put(backend, norm), w, n, EPS)
+    assert error(out.read(), gate / (1 + np.exp(-np.clip(gate, -700, None))) * up) < 3 * TOLERANCE[DType.BF16]
+    out = Guarded(backend, n, 10240, DType.BF16)
+    ops.linear(out.tensor, put(backend, x, DType.BF16), w, n)
+    assert error(out.read(), x @ np.concatenate([values for _, values, _ in parts]).T) < TOLERANCE[DType.BF16]
+
+
 @pytest.mark.parametrize("activations", [DType.F32, DType.BF16, DType.Q8_0], ids=lambda d: d.name)
 @pytest.mark.parametrize("dtype", ALL, ids=lambda d: d.name)
 def test_a_row_does_not_depend_on_its_batch(backend, rng, dtype, activations):
