@@ -2,6 +2,8 @@
  * otherwise all weights become bf16 in registers. */
 #pragma once
 
+#include <cuda_fp8.h>
+
 #include "ring.cuh"
 #include "stream_inputs.cuh"
 
@@ -89,11 +91,10 @@ template <int D, int OFFSET> __device__ inline void block_codes(uint32_t (&w)[4]
     }
 }
 
-/* e4m3 in two bytes as a pair of f16 */
+/* e4m3 in the lower two bytes as a pair of f16 */
 __device__ inline uint32_t fp8_pair(uint32_t bytes) {
-    uint32_t pair;
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"((uint16_t)bytes));
-    return pair;
+    const __half2_raw pair = __nv_cvt_fp8x2_to_halfraw2((__nv_fp8x2_storage_t)bytes, __NV_E4M3);
+    return pair.x | (uint32_t)pair.y << 16;
 }
 
 /* A slot times the only token's integers: a lane returns a part of its row's sum, that over two blocks of columns (one of Q8_0).
