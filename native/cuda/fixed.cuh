@@ -30,6 +30,16 @@ __device__ inline void mma_bytes(int (&sum)[4], uint32_t a0, uint32_t a1, uint32
         : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3]) : "r"(a0), "r"(a1), "r"(b));
 }
 
+/* Eight columns of bf16 */
+__device__ inline void eight_floats(uint4 v, float (&to)[8]) {
+    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        to[2 * i] = __uint_as_float(words[i] << 16);
+        to[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    }
+}
+
 /* 2^-bits of the largest power of two in a block, given its largest magnitude as bits (which order as magnitudes do, NaN last); NaN where that is
  * not finite, so that sums become it */
 __device__ inline float step_of(uint32_t most, int bits) {

@@ -49,14 +49,6 @@ template <int D, int T> __device__ inline void put_eight(unsigned char *inputs, 
     put_columns<D, T>(inputs, t, c + 4, make_uint2(v.z, v.w), make_uint2(w.z, w.w));
 }
 
-__device__ inline void eight_floats(uint4 v, float (&to)[8]) {
-    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        to[2 * i] = __uint_as_float(words[i] << 16);
-        to[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-    }
-}
 /* Eight columns times `factor` times the norm's weights, as bf16 */
 __device__ inline uint4 normed(const float (&v)[8], const float4 (&norm)[2], float factor) {
     return make_uint4(pair_of(v[0] * factor * norm[0].x, v[1] * factor * norm[0].y), pair_of(v[2] * factor * norm[0].z, v[3] * factor * norm[0].w),

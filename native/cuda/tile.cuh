@@ -92,35 +92,26 @@ template <tile_kind KIND> struct tile {
         }
     }
 
-    /* sum [16 rows, 8 tokens] += tile x^T, for NT groups of 8 tokens; right(nt, s) gives their registers */
+    /* sum [16 rows, 8 tokens] += tile x^T, for NT groups of 8 tokens; right(nt, s) gives their registers. Of tiles without scales by group. */
     template <int NT, typename Right> __device__ void multiply(float (&sum)[NT][4], Right right) const {
-        constexpr int steps = TILE_COLS / 16 / groups;
+        static_assert(!has_scales(KIND), "integers: experts_fixed.cuh");
+        float part[NT][4] = {};
 #pragma unroll
-        for (int g = 0; g < groups; g++) {
-            float part[NT][4] = {}, ones[NT][4] = {};
-            const uint32_t all_ones[4] = {0x3f803f80u, 0x3f803f80u, 0x3f803f80u, 0x3f803f80u};
+        for (int s = 0; s < TILE_COLS / 16; s++) {
+            uint32_t a[4];
+            left(a, s);
 #pragma unroll
-            for (int s = g * steps; s < (g + 1) * steps; s++) {
-                uint32_t a[4];
-                left(a, s);
-#pragma unroll
-                for (int t = 0; t < NT; t++) {
-                    uint2 b = right(t, s);
-                    uint32_t both[2] = {b.x, b.y};
-                    if (KIND == TILES_BF16) mma(sum[t], a, both);
-                    else mma(part[t], a, both);
-                    if (has_minimum(KIND)) mma(ones[t], all_ones, both);
-                }
+            for (int t = 0; t < NT; t++) {
+                uint2 b = right(t, s);
+                uint32_t both[2] = {b.x, b.y};
+                mma(KIND == TILES_BF16 ? sum[t] : part[t], a, both);
             }
-            if (KIND == TILES_BF16) continue;
+        }
+        if constexpr (KIND == TILES_FP8)
 #pragma unroll
             for (int t = 0; t < NT; t++)
 #pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    sum[t][e] += scale(g, e / 2) * part[t][e];
-                    if (has_minimum(KIND)) sum[t][e] += minimum(g, e / 2) * ones[t][e];
-                }
-        }
+                for (int e = 0; e < 4; e++) sum[t][e] += block_scale * part[t][e];
     }
 };
 

@@ -28,7 +28,7 @@ static __global__ void __launch_bounds__(WARPS * 32, 3) gate_up_few(const __grid
             if (j == a.k) wait_for_inputs(), launch_dependents();
             stage_inputs<KIND>(inputs, (const bf16 *)a.x + (int64_t)t * a.cols, a.cols);
         };
-        if constexpr (is_fixed(KIND)) {
+        if constexpr (has_scales(KIND)) {
             float sum[2] = {};
             take_groups<KIND, KIND == TILES_4 ? 4 : 2>(sum, (m.col_tiles - first + WARPS / 2 - 1) / (WARPS / 2), lane, [&](int i) {
                 const int at = first + i * (WARPS / 2);
@@ -71,7 +71,7 @@ static __device__ void take_choices(float *red, const matrix &like, const place 
         m.tiles = places[at / like.col_tiles].tiles, m.scales = places[at / like.col_tiles].scales;
         return m;
     };
-    if constexpr (is_fixed(KIND)) {
+    if constexpr (has_scales(KIND)) {
         float sum[2] = {};
         take_groups<KIND, MANY>(sum, count, lane, [&](int i) {
             const int at = begin + i * WARPS;
@@ -118,7 +118,7 @@ static __global__ void __launch_bounds__(WARPS * 32, 2) down_few(const __grid_co
     const bool alike = a.first[0].kind == a.own[0].kind;
     with_kind(a.first[0].kind, [&](auto kind) {
         constexpr tile_kind KIND = decltype(kind)::value;
-        take_choices<KIND, KIND == TILES_4 ? 6 : is_fixed(KIND) ? 3 : 5 * AHEAD<KIND> / 2>(red[0][warp], a.first[0], places, 0, a.k + alike, inputs, shares, warp, lane, [&] {
+        take_choices<KIND, KIND == TILES_4 ? 6 : has_scales(KIND) ? 3 : 5 * AHEAD<KIND> / 2>(red[0][warp], a.first[0], places, 0, a.k + alike, inputs, shares, warp, lane, [&] {
             wait_for_inputs();
             stage_inputs<KIND>(inputs, x, (a.k + alike) * a.cols);
         });

@@ -7,7 +7,6 @@
 #include "../cuda/fixed.cuh"
 #include "experts.cuh"
 
-__host__ __device__ constexpr bool is_fixed(tile_kind kind) { return has_scales(kind); }
 template <tile_kind KIND> constexpr int tile_offset = KIND == TILES_4 ? 8 : KIND == TILES_4_MIN ? 0 : 128;
 
 /* Columns 0 .. count - 1 of a row, zeros up to the end of their last tile; all threads of the block call. */
@@ -16,17 +15,15 @@ template <tile_kind KIND> static __device__ inline void stage_inputs(unsigned ch
     for (int c = threadIdx.x * 8; c - lane * 8 < padded; c += WARPS * 32 * 8) {   /* whole warps */
         const uint4 v = c < count ? *(const uint4 *)(x + c) : make_uint4(0, 0, 0, 0);
         unsigned char *tile = to + c / TILE_COLS * INPUT_TILE;
-        if constexpr (!is_fixed(KIND)) {
+        if constexpr (!has_scales(KIND)) {
             if (c < padded) *(uint4 *)(tile + c % TILE_COLS * 2) = v;
         } else {
-            const uint32_t words[4] = {v.x, v.y, v.z, v.w};
             float value[8];
+            eight_floats(v, value);
+            const uint32_t words[4] = {v.x, v.y, v.z, v.w};
             uint32_t most = 0;
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                value[2 * i] = __uint_as_float(words[i] << 16), value[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-                most = max(most, max(words[i] << 16 & 0x7fffffffu, words[i] & 0x7fff0000u));
-            }
+            for (int i = 0; i < 4; i++) most = max(most, max(words[i] << 16 & 0x7fffffffu, words[i] & 0x7fff0000u));
             most = max(most, __shfl_xor_sync(0xffffffff, most, 1));
             most = max(most, __shfl_xor_sync(0xffffffff, most, 2));
             const float step = step_of(most, 13), per_step = inverse(step);
@@ -125,26 +122,19 @@ static __device__ inline void take_groups(float (&sum)[2], int count, int lane, 
     constexpr int TILES = Group::TILES;
     Group groups[MANY];
     for (int base = 0; base < count || base == 0; base += MANY * TILES) {
-        auto find = [&](tile_place (&at)[TILES], bool (&there)[TILES], int i) {
+        auto for_each = [&](auto act) {
 #pragma unroll
-            for (int j = 0; j < TILES; j++) there[j] = base + i * TILES + j < count, at[j] = place(there[j] ? base + i * TILES + j : 0);
+            for (int i = 0; i < MANY; i++) {
+                if (base + i * TILES >= count) continue;
+                tile_place at[TILES];
+                bool there[TILES];
+#pragma unroll
+                for (int j = 0; j < TILES; j++) there[j] = base + i * TILES + j < count, at[j] = place(there[j] ? base + i * TILES + j : 0);
+                act(groups[i], at, there);
+            }
         };
-#pragma unroll
-        for (int i = 0; i < MANY; i++) {
-            if (base + i * TILES >= count) continue;
-            tile_place at[TILES];
-            bool there[TILES];
-            find(at, there, i);
-            groups[i].load(at, there, lane);
-        }
+        for_each([&](Group &group, const tile_place (&at)[TILES], const bool (&there)[TILES]) { group.load(at, there, lane); });
         if (base == 0) ready();
-#pragma unroll
-        for (int i = 0; i < MANY; i++) {
-            if (base + i * TILES >= count) continue;
-            tile_place at[TILES];
-            bool there[TILES];
-            find(at, there, i);
-            groups[i].multiply(sum, at, lane);
-        }
+        for_each([&](const Group &group, const tile_place (&at)[TILES], const bool (&)[TILES]) { group.multiply(sum, at, lane); });
     }
 }
