@@ -15,8 +15,11 @@ struct tops_stream {
     unsigned char *scratch;
     int64_t scratch_bytes;
     struct tops_carrier *carrier;   /* of copies from the host's memory (copies.cu) */
-    unsigned *counters;         /* 4096 zeros; a kernel that counts leaves zeros behind */
+    bool alone;                 /* no two blocks of the last kernel fit on a processor (gemv_stream.cuh) */
+    void *handover;             /* HANDOVER_BYTES of ones: what blocks of a kernel hand each other; who takes it leaves ones behind */
 };
+
+enum { HANDOVER_BYTES = 4 << 20 };
 
 int tops_fail(int status, const char *format, ...) __attribute__((format(printf, 2, 3)));
 int tops_cuda_failed(cudaError_t error, const char *what);
@@ -70,6 +73,7 @@ int launch(tops_stream *stream, void (*kernel)(P...), dim3 grid, dim3 block, siz
     config.attrs = attributes;
     config.numAttrs = (unsigned)count;
     CUDA(cudaLaunchKernelEx(&config, kernel, P(arguments)...));
+    stream->alone = false;
     return TOPS_OK;
 }
 
@@ -100,6 +104,11 @@ __device__ inline float fp8_to_float(uint8_t b) {
     return __half2float(__ushort_as_half(bits)) * 256.0f;
 }
 
+/* a / b for 0 <= a < 2^21, a shorter way than that of integers: what floats find is at most one off */
+__device__ inline int divide(int a, int b) {
+    const int about = (int)__fdividef((float)a, (float)b);
+    return about - (about * b > a) + (about * b + b <= a);
+}
 __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 __device__ inline float silu(float x) { return x / (1.0f + expf(-x)); }
 

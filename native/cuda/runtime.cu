@@ -76,11 +76,11 @@ int tops_stream_create(tops_stream **stream, int32_t device, int32_t threads) {
     created->architecture = 10 * major + minor;
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&created->shared_most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (error == cudaSuccess) error = cudaStreamCreateWithFlags(&created->cuda, cudaStreamNonBlocking);
-    if (error == cudaSuccess) error = cudaMalloc(reinterpret_cast<void **>(&created->counters), 4096 * sizeof(unsigned));
-    if (error == cudaSuccess) error = cudaMemset(created->counters, 0, 4096 * sizeof(unsigned));
+    if (error == cudaSuccess) error = cudaMalloc(&created->handover, HANDOVER_BYTES);
+    if (error == cudaSuccess) error = cudaMemsetAsync(created->handover, 0xff, HANDOVER_BYTES, created->cuda);
     int status = error == cudaSuccess ? tops_carrier_create(&created->carrier) : tops_cuda_failed(error, "creating a stream");
     if (status) {
-        cudaFree(created->counters);
+        cudaFree(created->handover);
         if (created->cuda) cudaStreamDestroy(created->cuda);
         delete created;
         return status;
@@ -93,7 +93,7 @@ int tops_stream_destroy(tops_stream *stream) {
     if (!stream) return TOPS_OK;
     cudaStreamSynchronize(stream->cuda);
     cudaFree(stream->scratch);
-    cudaFree(stream->counters);
+    cudaFree(stream->handover);
     tops_carrier_destroy(stream->carrier);
     cudaStreamDestroy(stream->cuda);
     delete stream;
