@@ -40,6 +40,16 @@ __device__ inline void eight_floats(uint4 v, float (&to)[8]) {
     }
 }
 
+/* The largest magnitude of eight columns and of those of the neighbours, so many lanes together */
+__device__ inline uint32_t largest(uint4 v, int lanes) {
+    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+    uint32_t most = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) most = max(most, max(words[i] << 16 & 0x7fffffffu, words[i] & 0x7fff0000u));
+    for (int step = 1; step < lanes; step *= 2) most = max(most, __shfl_xor_sync(0xffffffff, most, step));
+    return most;
+}
+
 /* 2^-bits of the largest power of two in a block, given its largest magnitude as bits (which order as magnitudes do, NaN last); NaN where that is
  * not finite, so that sums become it */
 __device__ inline float step_of(uint32_t most, int bits) {

@@ -3,25 +3,32 @@
  * each block for itself while the first weights are on their way. */
 #pragma once
 
+#include <climits>
+
 #include "stream_slots.cuh"
 
 namespace stream {
 constexpr int INPUTS_MOST = 100 << 10;   /* bytes */
-/* A processor has 228 KB of shared memory, 1 KB goes with each block: of two kernels that run in turn, one takes so much that no other block
- * of its own fits beside it, the other one what is left. Otherwise some processors would get two blocks and others none. */
+/* A processor has 228 KB of shared memory, 1 KB goes with each block. A product of one token stands alone, if the kernel before it does not: it takes so
+ * much that no two of its blocks fit on a processor, and has a block for every processor. Others take no more than fits beside. So a processor has one
+ * block of each, whoever ends when: otherwise some would get two, and blocks that find no room there would begin late. */
 constexpr int SHARED_PROCESSOR = 228 << 10, SHARED_BLOCK = 1 << 10, STATIC_MOST = 128;
 constexpr int SHARED_ALONE = SHARED_PROCESSOR / 2 - SHARED_BLOCK, SHARED_BESIDE = SHARED_PROCESSOR - SHARED_ALONE - 2 * (SHARED_BLOCK + STATIC_MOST);
+template <int T> constexpr int LINES_MOST = T == 1 ? 256 : 32;   /* whose sums are in shared memory at once */
 
 /* A ring is as deep as the processor's shared memory allows: 228 or 164 KB, or 100 KB. */
-template <int D> __host__ __device__ constexpr int stages(bool large) { return !large ? 2 : Slot<D>::BYTES > 1280 ? 4 : 5; }
+__host__ __device__ constexpr int stages(bool large) { return large ? 4 : 2; }
 static inline bool is_large(const tops_stream *stream) { return stream->shared_most > 128 << 10; }
 
+/* A block's rows of the matrix in tiles of 8. A line is a tile of one matrix, or, of a pair (gate and up), of one of both: lines 2 i and 2 i + 1 are of
+ * one tile. Sums of so many lines have room in shared memory at once, and inputs of so many columns: a stretch is a round of tiles and a phase of columns. */
 struct Shape {
-    int blocks, tiles, tiles_more;   /* tiles of 8 rows for each block; so many blocks have one more */
-    int part_tiles[4];            /* before each part */
-    int chunks;                   /* slots along a row */
-    int phases, per_phase;        /* parts of a row whose inputs are in shared memory at once, slots in each */
-    int last_phase;               /* slots in the last one */
+    int blocks, tiles, tiles_more;   /* tiles of each block; so many blocks have one more */
+    int part_tiles[4];               /* before each part; INT_MAX for those that are none */
+    int pair;                        /* 1: of two matrices */
+    int chunks;                      /* slots along a row */
+    int phases, per_phase;           /* slots of each */
+    int rounds, per_round;           /* tiles of each */
 };
 
 #ifdef __CUDACC__
@@ -31,229 +38,228 @@ constexpr bool LARGE = false;
 constexpr bool LARGE = true;
 #endif
 
-/* A block's slots of a phase lie in a row, tile after tile, of two matrices first one's slots of a tile, then the other's. Its warps share them alike,
- * each takes neighbours; so a tile's sums come from one warp, or from a few that follow each other. */
-struct Run {
-    int tile, at, left, length;   /* the next slot and its place in the tile; slots to take, slots of a tile */
+/* A stretch's slots lie in a row, line after line. Warps share them alike, each takes neighbours: of those that a warp has left, the next one is
+ * `chunk` of `line`, and a line's are from..until - 1. */
+struct alignas(16) Run {
+    int line, chunk, left;
+    uint16_t from, until;
 
-    __device__ Run(int tiles, int slots_tile, int warp) : length(slots_tile) {
-        const int slots = tiles * length, least = slots / WARPS, more = slots % WARPS, begin = warp * least + min(warp, more);
-        left = least + (warp < more);
-        tile = begin / length;
-        at = begin % length;
-    }
-    /* Whether that was the last slot of its tile */
+    /* Whether that was the last slot of its line */
     __device__ bool next() {
         left--;
-        if (++at < length) return false;
-        at = 0;
-        tile++;
+        if (++chunk < until) return false;
+        chunk = from;
+        line++;
         return true;
     }
 };
-/* The warp that takes a slot */
-__device__ inline int warp_of(int slots, int slot) {
-    const int least = slots / WARPS, more = slots % WARPS, longer = more * (least + 1);
-    return slot < longer ? slot / (least + 1) : more + (slot - longer) / least;
+/* The warp that takes a slot, where each takes `least` and the last `more` take one more: the first ones will have to write, too */
+__device__ inline int warp_of(int least, int more, int slot) {
+    const int short_ones = (WARPS - more) * least;
+    return slot < short_ones ? divide(slot, least) : WARPS - more + divide(slot - short_ones, least + 1);
 }
 
-/* What a block does: `block` counts those of this product. */
-template <int D, int T, bool PAIR> __device__ __forceinline__ void stream_rows(const Product &p, const Shape &s, int block) {
-    constexpr int R = PAIR ? 2 : 1, STAGES = stages<D>(LARGE), BYTES = Slot<D>::BYTES, SLOT = SLOT_INPUTS<D, T>;
+/* What a block does: `block` counts those of this product. Most of it runs once in a kernel, and instructions that run once come from far away: a step stands
+ * in one place, loops are not unrolled unless they go round often, and begin before there is anything to do for all of their body. */
+template <int D, int T> __device__ __forceinline__ void stream_rows(const Product &p, const Shape &s, int block) {
+    constexpr int STAGES = stages(LARGE), BYTES = Slot<D>::BYTES, SLOT = SLOT_INPUTS<D, T>, PART = T * STREAM_ROWS;
     extern __shared__ __align__(128) unsigned char memory[];
     launch_dependents();
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    unsigned char *ring = memory + warp * STAGES * BYTES, *inputs = memory + WARPS * STAGES * BYTES;
-    float *partial = reinterpret_cast<float *>(inputs + s.per_phase * SLOT);   /* [phase][warp][of a tile it ends or goes on with, begins][matrix][t][8 rows] */
-    constexpr int PART = R * T * STREAM_ROWS;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pair = s.pair;
     const int first_tile = block * s.tiles + min(block, s.tiles_more), tiles = s.tiles + (block < s.tiles_more);
-    uchar2 *spans = reinterpret_cast<uchar2 *>(partial + s.phases * WARPS * 2 * PART);   /* [phase][tile]: first warp, and how many */
-    auto chunks_of = [&](int phase) { return phase == s.phases - 1 ? s.last_phase : s.per_phase; };
-    auto part_of = [&](int tile) {
-        int part = 0;
-        if (!PAIR) while (part + 1 < p.count && tile >= s.part_tiles[part + 1]) part++;
-        return part;
-    };
+    if (!tiles) return wait_for_inputs();   /* keeps others out until then */
+    const int lines_most = s.per_round << pair, sums = lines_most + WARPS - 1, stretches = s.rounds * s.phases;
+    unsigned char *ring = memory + warp * STAGES * BYTES, *inputs = memory + WARPS * STAGES * BYTES;
+    Run *runs = reinterpret_cast<Run *>(inputs + s.per_phase * SLOT);               /* [stretch][warp] */
+    float *partial = reinterpret_cast<float *>(runs + stretches * WARPS);           /* [phase][line + warp, which no two warps share][t][8 rows] */
+    int *places = reinterpret_cast<int *>(partial + s.phases * sums * PART);        /* [row of the block] in a row of the output, or -1 */
+    uchar2 *spans = reinterpret_cast<uchar2 *>(places + tiles * STREAM_ROWS);       /* [stretch][line]: first warp, and how many */
+    auto part_of = [&](int tile) { return pair ? 0 : (tile >= s.part_tiles[1]) + (tile >= s.part_tiles[2]) + (tile >= s.part_tiles[3]); };
+#pragma unroll 1
+    for (int i = threadIdx.x; i < tiles * STREAM_ROWS; i += THREADS) {
+        const int tile = first_tile + i / STREAM_ROWS, part = part_of(tile), row = (tile - s.part_tiles[part]) * STREAM_ROWS + i % STREAM_ROWS;
+        places[i] = row < (int)p.parts[part].rows ? (int)p.first_row[part] + row : -1;
+    }
+#pragma unroll 1
+    for (int stretch = 0, round = 0, phase = 0; stretch < stretches; stretch++) {
+        const int from = phase * s.per_phase, length = min(s.per_phase, s.chunks - from), first_line = round * lines_most;
+        const int lines = min(lines_most, (tiles << pair) - first_line), slots = lines * length, least = slots / WARPS, more = slots % WARPS;
+        if (lane == 0) {
+            const int begin = warp * least + max(warp - (WARPS - more), 0), line = divide(begin, length);
+            runs[stretch * WARPS + warp] = {first_line + line, from + begin - line * length, least + (warp >= WARPS - more), (uint16_t)from, (uint16_t)(from + length)};
+        }
+#pragma unroll 1
+        for (int line = threadIdx.x; line < lines; line += THREADS) {
+            const int first = warp_of(least, more, line * length);
+            spans[stretch * lines_most + line] = make_uchar2((unsigned char)first, (unsigned char)(warp_of(least, more, line * length + length - 1) - first + 1));
+        }
+        if (++phase == s.phases) phase = 0, round++;
+    }
+    __syncwarp();
 
     /* The warp asks for its slots in order, STAGES ahead. */
-    int place = piece_place(lane / 8, lane % 8);
+    int place = piece_place(lane / 8, lane % 8), asked_stretch = 0;
     asm("" : "+r"(place));   /* kept, not worked out anew for every slot */
-    int asked_phase = 0, chunk = 0;
-    Run asked(tiles, chunks_of(0) * R, warp);
+    Run asked = runs[warp];
+    bool fresh = true;       /* the next one is not behind the last one */
     Source<D> source{};
-    auto begin = [&]() {
-        while (!asked.left && asked_phase + 1 < s.phases) asked_phase++, asked = Run(tiles, chunks_of(asked_phase) * R, warp);
-        if (!asked.left) return;
-        const int tile = first_tile + asked.tile, second = PAIR && asked.at >= asked.length / 2, part = PAIR ? second : part_of(tile);
-        chunk = asked_phase * s.per_phase + asked.at - (second ? asked.length / 2 : 0);
-        source.begin(p.parts[part], (int64_t)(tile - (PAIR ? 0 : s.part_tiles[part])) * STREAM_ROWS, chunk, lane);
-    };
     auto ask = [&](unsigned char *slot) {
+        while (fresh && !asked.left && ++asked_stretch < stretches) asked = runs[asked_stretch * WARPS + warp];
         if (asked.left) {
-            source.fetch(slot, place, chunk++, lane);
-            if (asked.next() || !asked.left || (PAIR && asked.at == asked.length / 2)) begin();
+            if (fresh) {
+                const int tile = first_tile + (asked.line >> pair), part = part_of(tile);
+                source.begin(p.parts[pair ? asked.line & 1 : part], (tile - s.part_tiles[part]) * STREAM_ROWS, asked.chunk, lane);
+            }
+            source.fetch(slot, place, asked.chunk, lane);
+            fresh = asked.next() || !asked.left;
         }
         copy_commit();
     };
-    begin();
-#pragma unroll 1
-    for (int slot = 0; slot < STAGES; slot++) ask(ring + slot * BYTES);
-
-    for (int index = threadIdx.x; index < tiles * s.phases; index += THREADS) {
-        const int length = chunks_of(index / tiles) * R, from = index % tiles * length, first = warp_of(tiles * length, from);
-        spans[index] = make_uchar2((unsigned char)first, (unsigned char)(warp_of(tiles * length, from + length - 1) - first + 1));
-    }
-    if (p.norm && (int)threadIdx.x * 8 < p.cols) asm volatile("prefetch.global.L2 [%0];" ::"l"(p.norm + threadIdx.x * 8));   /* in registers it would be in the way */
-    /* Place of a row of a tile in the output, or -1 where the matrix has no such row */
-    auto place_of = [&](int t, int tile, int row) {
-        const int part = part_of(first_tile + tile);
-        const int at = (first_tile + tile - (PAIR ? 0 : s.part_tiles[part])) * STREAM_ROWS + row;
-        return at < (int)p.parts[part].rows && t < (int)p.n ? t * (int)p.out_cols + (int)p.first_row[part] + at : -1;
+    /* Where output `index` of a round, [tile][t][8 rows], belongs, or -1; and what stands there, if it is to be added to */
+    auto place_of = [&](int index, int round) {
+        const int t = index / STREAM_ROWS % T, tile = round * s.per_round + index / PART, place = tile < tiles ? places[tile * STREAM_ROWS + index % STREAM_ROWS] : -1;
+        return place >= 0 && t < (int)p.n ? t * (int)p.out_cols + place : -1;
     };
-    auto residual = [&](int at) { return p.out_f32 ? __ldcg(static_cast<const float *>(p.out) + at) : __bfloat162float(__ldcg(static_cast<const bf16 *>(p.out) + at)); };
-    const int outputs = tiles * STREAM_ROWS * T;
-    wait_for_inputs();
-    float before = 0;   /* where this thread will write first */
-    if (p.mode == ADD && (int)threadIdx.x < outputs) {
-        const int at = place_of(threadIdx.x / STREAM_ROWS % T, threadIdx.x / (STREAM_ROWS * T), threadIdx.x % STREAM_ROWS);
-        if (at >= 0) before = residual(at);
-    }
-    auto finish = [&](int at, float first, float second, bool known) {
-        if (at < 0) return;
-        const float value = PAIR ? silu(first) * second : p.mode == ADD ? (known ? before : residual(at)) + second : second;
-        if (p.out_f32) static_cast<float *>(p.out)[at] = value;
-        else static_cast<bf16 *>(p.out)[at] = __float2bfloat16(value);
+    auto residual = [&](int at) {
+        if (at < 0 || p.mode != ADD) return 0.0f;
+        return p.out_f32 ? __ldcg(static_cast<const float *>(p.out) + at) : __bfloat162float(__ldcg(static_cast<const bf16 *>(p.out) + at));
     };
-
+    float before = 0;   /* of the thread's first output */
     unsigned char *slot = ring;
-    for (int phase = 0; phase < s.phases; phase++) {
-        if (phase) __syncthreads();
-        const int from = phase * s.per_phase * Slot<D>::VALUES, until = min((phase + 1) * s.per_phase, s.chunks) * Slot<D>::VALUES;
-        if constexpr (T == 1) {
-            auto get = [&](int c) { return eight_columns(p, 0, c); };
-            if (p.norm) take_normed_row<D>(inputs, p, until, get);
-            else take_row<D>(inputs, from, until, get);
-        } else if (p.norm) {
-            take_normed_rows<D>(inputs, p, until);
-        } else {
-            take_rows<D>(inputs, p, from, until);
-        }
-        Run run(tiles, chunks_of(phase) * R, warp);
-        float sum[SUMS<T>] = {}, gate[SUMS<T>] = {};
-        bool begun = run.at == 0;   /* by this warp */
+    int round = 0, phase = 0;
+    Run run = {-1, 0, STAGES, 0, UINT16_MAX};   /* of no line: slots are asked for, and there is nothing to multiply yet */
+#pragma unroll 1
+    for (int stretch = -1;;) {
+        float *to = partial + (phase * sums - round * lines_most + warp) * PART, sum[SUMS<T>] = {};
+#pragma unroll 1
         while (run.left) {
-            const int c = run.at - (PAIR && run.at >= run.length / 2 ? run.length / 2 : 0), tile = run.tile;
-            copy_wait<STAGES - 1>();
-            __syncwarp();
-            if constexpr (FIXED<D, T>) sum[0] += multiply_fixed<D>(slot, inputs + c * SLOT, phase * s.per_phase + c);
-            else multiply_slot<D, T>(sum, slot, inputs + c * SLOT, phase * s.per_phase + c);
-            __syncwarp();
+            const int line = run.line;
+            if (line >= 0) {
+                const int c = run.chunk - run.from;
+                copy_wait<STAGES - 1>();
+                __syncwarp();
+                if constexpr (FIXED<D, T>) sum[0] += multiply_fixed<D>(slot, inputs + c * SLOT, run.chunk);
+                else multiply_slot<D, T>(sum, slot, inputs + c * SLOT, run.chunk);
+                __syncwarp();
+            }
             ask(slot);
             slot = slot + BYTES == ring + STAGES * BYTES ? ring : slot + BYTES;
             const bool ended = run.next();
-            if (PAIR && run.at == run.length / 2) {
-#pragma unroll
-                for (int e = 0; e < SUMS<T>; e++) gate[e] = sum[e], sum[e] = 0;
-            }
-            if (!ended && run.left) continue;
-            const bool second = PAIR && (ended || run.at > run.length / 2);   /* otherwise all that was summed is of the first matrix */
-            if (PAIR && !second && run.at < run.length / 2) {
-#pragma unroll
-                for (int e = 0; e < SUMS<T>; e++) gate[e] = sum[e], sum[e] = 0;
-            }
-            float *to = partial + ((phase * WARPS + warp) * 2 + begun) * PART;
+            if (line < 0 || (!ended && run.left)) continue;
 #pragma unroll
             for (int e = 0; e < (T == 1 ? 1 : SUMS<T>); e++) {
-                const int t = T == 1 ? 0 : lane / 4 + e / 2 * 8, row = row_of<T>(e);
-                float value = T > 1 || FIXED<D, T> ? sum[e] : sum[0] + sum[SUMS<T> - 1], first = T > 1 || FIXED<D, T> ? gate[e] : gate[0] + gate[SUMS<T> - 1];
-                if (FIXED<D, T>) {
-                    value += __shfl_xor_sync(0xffffffff, value, 1), value += __shfl_xor_sync(0xffffffff, value, 2);
-                    if (PAIR) first += __shfl_xor_sync(0xffffffff, first, 1), first += __shfl_xor_sync(0xffffffff, first, 2);
-                }
-                if (T == 1 && lane % 4) continue;
-                if (begun && ended && s.phases == 1) {   /* the whole tile */
-                    finish(place_of(t, tile, row), first, value, false);
-                } else {
-                    to[t * STREAM_ROWS + row] = PAIR ? first : value;
-                    if (PAIR) to[(T + t) * STREAM_ROWS + row] = value;
-                }
+                float value = T > 1 || FIXED<D, T> ? sum[e] : sum[0] + sum[SUMS<T> - 1];
+                if (FIXED<D, T>) value += __shfl_xor_sync(0xffffffff, value, 1), value += __shfl_xor_sync(0xffffffff, value, 2);
+                if (T > 1 || lane % 4 == 0) to[line * PART + (T == 1 ? 0 : lane / 4 + e / 2 * 8) * STREAM_ROWS + row_of<T>(e)] = value;
             }
 #pragma unroll
-            for (int e = 0; e < SUMS<T>; e++) sum[e] = gate[e] = 0;
-            begun = true;
+            for (int e = 0; e < SUMS<T>; e++) sum[e] = 0;
         }
-    }
-    __syncthreads();
-    for (int index = threadIdx.x; index < outputs; index += THREADS) {
-        const int row = index % STREAM_ROWS, t = index / STREAM_ROWS % T, tile = index / (STREAM_ROWS * T);
-        if (s.phases == 1 && spans[tile].y == 1) continue;
-        const int at = place_of(t, tile, row);
-        float value[R] = {};
-        for (int phase = 0; phase < s.phases; phase++) {
-            const uchar2 span = spans[phase * tiles + tile];
-            for (int w = 0; w < span.y; w++) {
-                const float *from = partial + ((phase * WARPS + span.x + w) * 2 + (w == 0)) * PART + t * STREAM_ROWS + row;
+        if (stretch >= 0 && ++phase < s.phases) {
+            __syncthreads();
+        } else if (stretch >= 0) {
+            __syncthreads();   /* the round's sums are there */
+#pragma unroll 1
+            for (int index = threadIdx.x; index < min(s.per_round, tiles - round * s.per_round) * PART; index += THREADS) {
+                const int at = place_of(index, round);
+                float value = 0, first = 0;
+                if (at < 0) continue;
+                if (round || index != (int)threadIdx.x) before = residual(at);
+#pragma unroll 1
+                for (int r = 0; r <= pair; r++) {
+                    const int line = (index / PART << pair) + r;
+                    first = value, value = 0;
+#pragma unroll 1
+                    for (int k = 0; k < s.phases; k++) {
+                        const uchar2 span = spans[(round * s.phases + k) * lines_most + line];
+                        const float *from = partial + (k * sums + line + span.x) * PART + index % PART;
+#pragma unroll 1
+                        for (int w = 0; w < span.y; w += 4)
 #pragma unroll
-                for (int r = 0; r < R; r++) value[r] += from[r * T * STREAM_ROWS];
+                            for (int i = 0; i < 4; i++) value += w + i < span.y ? from[(w + i) * PART] : 0.0f;
+                    }
+                }
+                value = pair ? silu(first) * value : before + value;
+                if (p.out_f32) static_cast<float *>(p.out)[at] = value;
+                else static_cast<bf16 *>(p.out)[at] = __float2bfloat16(value);
             }
+            phase = 0, round++;
+            if (round < s.rounds) __syncthreads();   /* before others take the sums' places */
         }
-        finish(at, value[0], value[R - 1], index == (int)threadIdx.x);
+        if (++stretch == stretches) break;
+        if (stretch == 0) {
+            if (p.norm && (int)threadIdx.x * 8 < p.cols) asm volatile("prefetch.global.L2 [%0];" ::"l"(p.norm + threadIdx.x * 8));   /* in registers it would be in the way */
+            if (T > 1) __syncthreads();   /* a thread's first place is its own otherwise */
+            wait_for_inputs();
+            before = residual(place_of(threadIdx.x, 0));
+        }
+        if (stretch == 0 || s.phases > 1) {
+            const int from = phase * s.per_phase * Slot<D>::VALUES, until = min((phase + 1) * s.per_phase, s.chunks) * Slot<D>::VALUES;
+            if constexpr (T == 1) take_row<D>(inputs, p, from, until);
+            else if (p.norm) take_normed_rows<D>(inputs, p, until);
+            else take_rows<D>(inputs, p, from, until);
+        }
+        run = runs[stretch * WARPS + warp];
     }
 }
 
-template <int D, int T, bool PAIR> __global__ void __launch_bounds__(THREADS, T == 1 ? 2 : 1) gemv_kernel(const __grid_constant__ Product p, const __grid_constant__ Shape s) {
-    stream_rows<D, T, PAIR>(p, s, (int)blockIdx.x);
+template <int D, int T> __global__ void __launch_bounds__(THREADS, T == 1 ? 2 : 1) gemv_kernel(const __grid_constant__ Product p, const __grid_constant__ Shape s) {
+    stream_rows<D, T>(p, s, (int)blockIdx.x);
 }
 
 /* Two products of the same inputs in one launch: the last blocks take the rows kept in bf16. */
 template <int D, int T> __global__ void __launch_bounds__(THREADS, T == 1 ? 2 : 1)
 gemv_mixed(const __grid_constant__ Product p, const __grid_constant__ Shape s, const __grid_constant__ Product kept, const __grid_constant__ Shape kept_shape) {
-    if ((int)blockIdx.x < s.blocks) stream_rows<D, T, false>(p, s, (int)blockIdx.x);
-    else stream_rows<TOPS_BF16, T, false>(kept, kept_shape, (int)blockIdx.x - s.blocks);
+    if ((int)blockIdx.x < s.blocks) stream_rows<D, T>(p, s, (int)blockIdx.x);
+    else stream_rows<TOPS_BF16, T>(kept, kept_shape, (int)blockIdx.x - s.blocks);
 }
 
 /* Bytes of shared memory for a product on at most so many blocks; 0: it has too many columns. */
-template <int D, int T> int plan(Shape &s, const tops_stream *stream, const Product &p, int blocks) {
-    const bool pair = p.mode == GATE_UP;
-    const int lines = pair ? 2 : 1, slot_inputs = SLOT_INPUTS<D, T>, ring = WARPS * stages<D>(is_large(stream)) * Slot<D>::BYTES;
+template <int D, int T> int plan(Shape &s, const tops_stream *stream, const Product &p, int blocks, bool alone) {
+    const int slot_inputs = SLOT_INPUTS<D, T>, ring = WARPS * stages(is_large(stream)) * Slot<D>::BYTES, part = T * STREAM_ROWS * 4;
+    s.pair = p.mode == GATE_UP;
     int tiles = 0;
-    for (int i = 0; i < (pair ? 1 : p.count); i++) {
-        s.part_tiles[i] = tiles;
-        tiles += (int)ceil_div(p.parts[i].rows, STREAM_ROWS);
+    for (int i = 0; i < 4; i++) {
+        const bool there = i < (s.pair ? 1 : p.count);
+        s.part_tiles[i] = there ? tiles : INT_MAX;
+        if (there) tiles += (int)ceil_div(p.parts[i].rows, STREAM_ROWS);
     }
-    s.blocks = min(blocks, tiles);
-    const int most = (int)ceil_div(tiles, s.blocks);
+    s.blocks = alone ? blocks : min(blocks, tiles);
     s.tiles = tiles / s.blocks;
     s.tiles_more = tiles % s.blocks;
     s.chunks = (int)ceil_div(p.cols, Slot<D>::VALUES);
     /* One token's inputs leave room for the kernels before and behind this one, if they can. */
-    const int beside = T == 1 ? SHARED_BESIDE - ring - WARPS * 2 * STREAM_ROWS * 4 - 64 : 0, inputs_most = beside < 8 << 10 ? INPUTS_MOST : beside;
+    const int most = (int)ceil_div(tiles, s.blocks), lines = min(most << s.pair, LINES_MOST<T>), beside = T == 1 ? SHARED_BESIDE - ring - 4096 : 0;
+    const int inputs_most = beside < 8 << 10 ? INPUTS_MOST : min(beside, PIECES * THREADS * 8 / Slot<D>::VALUES * slot_inputs);
     s.phases = p.norm ? 1 : (int)ceil_div((int64_t)s.chunks * slot_inputs, inputs_most);
     s.per_phase = (int)ceil_div(s.chunks, s.phases);
     s.phases = (int)ceil_div(s.chunks, s.per_phase);
-    s.last_phase = s.chunks - (s.phases - 1) * s.per_phase;
-    if (s.phases > 1 && ceil_div(most * s.per_phase * lines, WARPS) > s.per_phase * lines) return 0;   /* a warp would have more than two tiles' sums */
-    const int shared = ring + s.per_phase * slot_inputs + s.phases * (WARPS * 2 * lines * T * STREAM_ROWS * 4 + most * 2);
-    if (shared + STATIC_MOST > stream->shared_most) return 0;
-    return T == 1 && p.norm && shared < SHARED_ALONE && stream->shared_most > 200 << 10 ? SHARED_ALONE : shared;
+    s.per_round = lines >> s.pair;
+    s.rounds = (int)ceil_div(most, s.per_round);
+    const int shared = ring + s.per_phase * slot_inputs + s.rounds * s.phases * (WARPS * (int)sizeof(Run) + lines * 2) + s.phases * (lines + WARPS - 1) * part + most * STREAM_ROWS * 4;
+    if (s.chunks > UINT16_MAX || shared + (T == 1 ? STATIC_MOST : 1 << 10) > stream->shared_most) return 0;
+    return alone ? max(shared, SHARED_ALONE) : shared;
 }
 
 template <int D, int T> int run(tops_stream *stream, const Product &p, const Product *kept) {
-    auto start = [&](auto kernel, int blocks, int shared, auto... arguments) {
-        return launch_wide(stream, kernel, dim3((unsigned)blocks), dim3(THREADS), (size_t)shared, arguments...);
-    };
     Shape s{}, kept_shape{};
     int blocks = stream->multiprocessors, shared = 1;
     if constexpr (D != TOPS_BF16)
         if (kept) {   /* two tiles for each of its blocks, and as many less for the others */
-            shared = plan<TOPS_BF16, T>(kept_shape, stream, *kept, max((int)ceil_div(kept->rows, 2 * STREAM_ROWS), 1));
+            shared = plan<TOPS_BF16, T>(kept_shape, stream, *kept, max((int)ceil_div(kept->rows, 2 * STREAM_ROWS), 1), false);
             blocks = max(blocks - kept_shape.blocks, 1);
         }
-    const int own = plan<D, T>(s, stream, p, blocks);
+    const bool alone = T == 1 && !stream->alone && stream->shared_most > 200 << 10;
+    const int own = plan<D, T>(s, stream, p, blocks, alone);
     if (!own || !shared) return TOPS_UNSUPPORTED;   /* the caller has other kernels */
+    auto start = [&](auto kernel, int blocks, int shared, auto... arguments) {
+        const int status = launch_wide(stream, kernel, dim3((unsigned)blocks), dim3(THREADS), (size_t)shared, arguments...);
+        stream->alone = alone;
+        return status;
+    };
     if constexpr (D != TOPS_BF16)
         if (kept) return start(gemv_mixed<D, T>, s.blocks + kept_shape.blocks, max(own, shared), p, s, *kept, kept_shape);
-    return p.mode == GATE_UP ? start(gemv_kernel<D, T, true>, s.blocks, own, p, s) : start(gemv_kernel<D, T, false>, s.blocks, own, p, s);
+    return start(gemv_kernel<D, T>, s.blocks, own, p, s);
 }
 template <int D> int run(tops_stream *stream, const Product &p, const Product *kept) {
     return p.n == 1 ? run<D, 1>(stream, p, kept) : run<D, 16>(stream, p, kept);

@@ -61,6 +61,10 @@ __device__ inline void load_b_rows(uint32_t (&right)[4], const __nv_bfloat16 *x,
 __device__ inline void copy_async(void *to, const void *from, bool there) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from), "r"(there ? 16 : 0) : "memory");
 }
+/* The same for 4 or 8 bytes */
+template <int BYTES> __device__ inline void copy_async_small(void *to, const void *from, bool there) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" :: "r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from), "n"(BYTES), "r"(there ? BYTES : 0) : "memory");
+}
 __device__ inline void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int pending> __device__ inline void copy_wait() {
     if (pending == 0) asm volatile("cp.async.wait_all;" ::: "memory");

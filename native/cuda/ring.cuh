@@ -32,11 +32,6 @@ static inline bool ring_supports(const tops_weight *w) {
 }
 
 #ifdef __CUDACC__
-/* As copy_async, of 4 bytes */
-__device__ inline void copy_word_async(void *to, const void *from, bool there) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from), "r"(there ? 4 : 0) : "memory");
-}
-
 __device__ inline int piece_place(int row, int piece) { return row * 128 + ((piece ^ ((row & 1) << 2 | row >> 1)) << 4); }
 
 /* Where a lane copies the next slots of 8 rows of a matrix from; columns beyond the matrix become zeros, rows beyond it the last one. */
@@ -49,24 +44,25 @@ template <int D> struct Source {
     int left, scales_left, supers_left;   /* columns from the lane's piece on, from its scales on; at most 0: there is nothing to copy */
     int scales_step;
 
-    __device__ void begin(const Matrix &m, int64_t row, int chunk, int lane) {
-        const int columns = (int)m.cols - chunk * S::VALUES;
-        const int64_t pieces = m.cols / PIECE_VALUES, place = min(row + lane / 8, m.rows - 1) * pieces + chunk * 8 + lane % 8;
-        low = m.low + place * 16;
-        low_step = row + lane / 8 + 4 < m.rows ? 64 * (int)pieces : 0;
+    __device__ void begin(const Matrix &m, int row, int chunk, int lane) {
+        const int rows = (int)m.rows, cols = (int)m.cols, columns = cols - chunk * S::VALUES, pieces = cols / PIECE_VALUES;
+        const uint32_t place = (uint32_t)min(row + lane / 8, rows - 1) * pieces + chunk * 8 + lane % 8;   /* 64 GB */
+        low = m.low + (uint64_t)place * 16;
+        low_step = row + lane / 8 + 4 < rows ? 64 * pieces : 0;
         left = columns - lane % 8 * PIECE_VALUES;
         if (S::QUANTISED && S::HIGH_PLANES) high = m.high + place;
         if (S::QUANTISED && S::HIGH_PLANES > 1) higher = m.higher + place;
         if constexpr (SCALE_COPIES > 0) {   /* a lane's word; of two, the second lies 32 / SCALE_WORDS rows further down */
             const int scale_row = min(lane / SCALE_WORDS, (int)STREAM_ROWS - 1), word = lane % SCALE_WORDS;
-            const int64_t from = min(row + scale_row, m.rows - 1);
-            if (D == TOPS_FP8_E4M3) scales = reinterpret_cast<const unsigned char *>(m.fp8_scales + from / 128 * ((m.cols + 127) / 128) + chunk);
-            else scales = static_cast<const unsigned char *>(m.scales) + (from * (m.cols / 32) + chunk * S::BLOCKS) * scale_bytes(D) + word * 4;
+            const uint32_t from = min(row + scale_row, rows - 1);
+            if (D == TOPS_FP8_E4M3) scales = reinterpret_cast<const unsigned char *>(m.fp8_scales + from / 128 * ((cols + 127) / 128) + chunk);
+            else scales = static_cast<const unsigned char *>(m.scales) + (uint64_t)(from * (cols / 32) + chunk * S::BLOCKS) * scale_bytes(D) + word * 4;
             scales_left = columns - (D == TOPS_FP8_E4M3 ? 0 : word * 128 / scale_bytes(D));
-            scales_step = row + scale_row + 4 < m.rows ? (int)(m.cols / 32) * scale_bytes(D) * 4 : 0;
+            scales_step = row + scale_row + 4 < rows ? cols / 32 * scale_bytes(D) * 4 : 0;
         }
         if (S::SUPER_ROW) {   /* Q6_K has two bytes: the word that holds them is copied, in which odd slots' stand above */
-            supers = static_cast<const unsigned char *>(m.supers) + ((min(row + lane % 8, m.rows - 1) * (m.cols / 256) + chunk) * super_scale_bytes(D) & ~(int64_t)3);
+            const uint32_t super = (uint32_t)min(row + lane % 8, rows - 1) * (cols / 256) + chunk;
+            supers = static_cast<const unsigned char *>(m.supers) + ((uint64_t)super * super_scale_bytes(D) & ~(uint64_t)3);
             supers_left = columns;
         }
     }
@@ -74,21 +70,21 @@ template <int D> struct Source {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             copy_async(slot + (i ? (place ^ 32) + 512 : place), low + i * low_step, left > 0);
-            if (S::QUANTISED && S::HIGH_PLANES) copy_word_async(slot + S::HIGH + (lane + 32 * i) * 4, high + i * (low_step / 16), left > 0);
-            if (S::QUANTISED && S::HIGH_PLANES > 1) copy_word_async(slot + S::HIGH + (64 + lane + 32 * i) * 4, higher + i * (low_step / 16), left > 0);
+            if (S::QUANTISED && S::HIGH_PLANES) copy_async_small<4>(slot + S::HIGH + (lane + 32 * i) * 4, high + i * (low_step / 16), left > 0);
+            if (S::QUANTISED && S::HIGH_PLANES > 1) copy_async_small<4>(slot + S::HIGH + (64 + lane + 32 * i) * 4, higher + i * (low_step / 16), left > 0);
         }
         left -= S::VALUES;
         low += 128;
         high += 8;
         higher += 8;
         if constexpr (SCALE_COPIES > 0) {
-            if (SCALE_COPIES * 32 == SCALE_WORDS * STREAM_ROWS || lane < SCALE_WORDS * STREAM_ROWS) copy_word_async(slot + S::SCALES + lane * 4, scales, scales_left > 0);
-            if (SCALE_COPIES > 1) copy_word_async(slot + S::SCALES + (lane + 32) * 4, scales + scales_step, scales_left > 0);
+            if (SCALE_COPIES * 32 == SCALE_WORDS * STREAM_ROWS || lane < SCALE_WORDS * STREAM_ROWS) copy_async_small<4>(slot + S::SCALES + lane * 4, scales, scales_left > 0);
+            if (SCALE_COPIES > 1) copy_async_small<4>(slot + S::SCALES + (lane + 32) * 4, scales + scales_step, scales_left > 0);
             scales += S::SCALE_ROW;
             scales_left -= S::VALUES;
         }
         if (S::SUPER_ROW) {
-            if (lane < STREAM_ROWS) copy_word_async(slot + S::SUPERS + lane * 4, supers, supers_left > 0);
+            if (lane < STREAM_ROWS) copy_async_small<4>(slot + S::SUPERS + lane * 4, supers, supers_left > 0);
             supers_left -= S::VALUES;
             supers += D == TOPS_Q6_K ? chunk % 2 * 4 : 4;
         }

@@ -54,16 +54,6 @@ __device__ inline uint4 normed(const float (&v)[8], const float4 (&norm)[2], flo
     return make_uint4(pair_of(v[0] * factor * norm[0].x, v[1] * factor * norm[0].y), pair_of(v[2] * factor * norm[0].z, v[3] * factor * norm[0].w),
                       pair_of(v[4] * factor * norm[1].x, v[5] * factor * norm[1].y), pair_of(v[6] * factor * norm[1].z, v[7] * factor * norm[1].w));
 }
-/* The largest magnitude of eight columns and of those of the neighbours, so many lanes together */
-__device__ inline uint32_t largest(uint4 v, int lanes) {
-    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-    uint32_t most = 0;
-#pragma unroll
-    for (int i = 0; i < 4; i++) most = max(most, max(words[i] << 16 & 0x7fffffffu, words[i] & 0x7fff0000u));
-    for (int step = 1; step < lanes; step *= 2) most = max(most, __shfl_xor_sync(0xffffffff, most, step));
-    return most;
-}
-
 /* Eight columns of the only token, from c on, if they are there; all lanes of a warp call, with neighbouring columns. */
 template <int D> __device__ inline void put_one(unsigned char *inputs, int c, uint4 v, bool there) {
     if constexpr (D == TOPS_BF16) {
@@ -98,45 +88,49 @@ template <int D> __device__ inline void put_one(unsigned char *inputs, int c, ui
     }
 }
 
-/* Lay out columns from..until of one token's row; get(c) gives eight of them, zeros beyond the row. */
-template <int D, typename Get> __device__ inline void take_row(unsigned char *inputs, int from, int until, Get get) {
-    for (int c = from + threadIdx.x * 8; c - (int)threadIdx.x % 32 * 8 < until; c += THREADS * 8)   /* whole warps */
-        put_one<D>(inputs, c - from, get(c), c < until);
-    __syncthreads();
+__device__ inline uint4 eight_columns(const Product &p, int t, int c) {   /* zeros beyond the matrix */
+    return c < p.cols ? __ldcg(reinterpret_cast<const uint4 *>(static_cast<const bf16 *>(p.x) + t * p.cols + c)) : make_uint4(0, 0, 0, 0);
 }
+
 /* A thread's eight weights of the norm */
 __device__ inline void get_norm(float4 (&norm)[2], const Product &p, int c) {
     const float4 *at = reinterpret_cast<const float4 *>(p.norm + c), none = make_float4(0, 0, 0, 0);
     norm[0] = c < p.cols ? __ldg(at) : none, norm[1] = c < p.cols ? __ldg(at + 1) : none;
 }
-/* The same for the whole row, normed: at most STREAM_NORM_MOST columns, eight for each thread. */
-template <int D, typename Get> __device__ inline void take_normed_row(unsigned char *inputs, const Product &p, int until, Get get) {
+/* Lay out columns from..until of the only token's row, normed if the product norms: the whole row, at most STREAM_NORM_MOST columns then. A thread has
+ * eight columns of each piece, and asks for all of them together. */
+constexpr int PIECES = 3;
+template <int D> __device__ inline void take_row(unsigned char *inputs, const Product &p, int from, int until) {
     __shared__ float4 sums[WARPS / 4];
-    const int c = threadIdx.x * 8;
-    const uint4 row = get(c);
-    float4 norm[2];
-    get_norm(norm, p, c);
-    float x[8], sum = 0;
-    eight_floats(row, x);
+    const int first = from + threadIdx.x * 8, lane = threadIdx.x % 32;
+    uint4 row[PIECES];
 #pragma unroll
-    for (int k = 0; k < 8; k++) sum += x[k] * x[k];
-    sum = warp_sum(sum);
-    if (threadIdx.x % 32 == 0) reinterpret_cast<float *>(sums)[threadIdx.x / 32] = sum;
-    __syncthreads();
-    if (c - (int)threadIdx.x % 32 * 8 < until) {
+    for (int i = 0; i < PIECES; i++) row[i] = first + i * THREADS * 8 < until ? eight_columns(p, 0, first + i * THREADS * 8) : make_uint4(0, 0, 0, 0);
+    if (p.norm) {
+        float4 norm[2];
+        get_norm(norm, p, first);
+        float x[8], sum = 0;
+        eight_floats(row[0], x);
+#pragma unroll
+        for (int k = 0; k < 8; k++) sum += x[k] * x[k];
+        sum = warp_sum(sum);
+        if (lane == 0) reinterpret_cast<float *>(sums)[threadIdx.x / 32] = sum;
+        __syncthreads();
         float total = 0;
 #pragma unroll
         for (int w = 0; w < WARPS / 4; w++) total += sums[w].x + sums[w].y + sums[w].z + sums[w].w;
-        put_one<D>(inputs, c, normed(x, norm, rsqrtf(total / (float)p.cols + p.eps)), c < until);
+        row[0] = normed(x, norm, rsqrtf(total / (float)p.cols + p.eps));
+    }
+#pragma unroll 1
+    for (int c = first; c - lane * 8 < until; c += THREADS * 8) {   /* whole warps */
+        put_one<D>(inputs, c - from, row[0], c < until);
+#pragma unroll
+        for (int i = 0; i + 1 < PIECES; i++) row[i] = row[i + 1];
     }
     __syncthreads();
 }
 
 /* ---- 16 tokens ---- */
-__device__ inline uint4 eight_columns(const Product &p, int t, int c) {   /* zeros beyond the matrix */
-    return c < p.cols ? __ldcg(reinterpret_cast<const uint4 *>(static_cast<const bf16 *>(p.x) + t * p.cols + c)) : make_uint4(0, 0, 0, 0);
-}
-
 /* Rows are taken eight at a time, all requested together: those from 4 g and 4 g + 8 on. */
 constexpr int GROUP = 8;
 __device__ inline int token_of(int g, int i) { return 4 * g + i % 4 + i / 4 * 8; }
