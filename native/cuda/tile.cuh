@@ -92,26 +92,21 @@ template <tile_kind KIND> struct tile {
         }
     }
 
-    /* sum [16 rows, 8 tokens] += tile x^T, for NT groups of 8 tokens; right(nt, s) gives their registers. Of tiles without scales by group. */
-    template <int NT, typename Right> __device__ void multiply(float (&sum)[NT][4], Right right) const {
+    /* sum [16 rows, 8 tokens] += tile x^T, of which only the first token's is wanted: its row of bf16, 64 columns. Of tiles without scales by group. */
+    __device__ void multiply(float (&sum)[4], const unsigned char *x, int lane) const {
         static_assert(!has_scales(KIND), "integers: experts_fixed.cuh");
-        float part[NT][4] = {};
+        float part[4] = {};
 #pragma unroll
         for (int s = 0; s < TILE_COLS / 16; s++) {
             uint32_t a[4];
             left(a, s);
-#pragma unroll
-            for (int t = 0; t < NT; t++) {
-                uint2 b = right(t, s);
-                uint32_t both[2] = {b.x, b.y};
-                mma(KIND == TILES_BF16 ? sum[t] : part[t], a, both);
-            }
+            const uint2 b = lane < 4 ? *(const uint2 *)(x + s * 32 + lane * 8) : make_uint2(0, 0);
+            const uint32_t both[2] = {b.x, b.y};
+            mma(KIND == TILES_BF16 ? sum : part, a, both);
         }
         if constexpr (KIND == TILES_FP8)
 #pragma unroll
-            for (int t = 0; t < NT; t++)
-#pragma unroll
-                for (int e = 0; e < 4; e++) sum[t][e] += block_scale * part[t][e];
+            for (int e = 0; e < 4; e++) sum[e] += block_scale * part[e];
     }
 };
 

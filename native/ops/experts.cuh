@@ -34,9 +34,9 @@ enum { WARPS = 8, INPUT_TILE = 160 };      /* bytes of a token's inputs for a ti
 template <tile_kind KIND> constexpr int AHEAD = tile_bytes(KIND) > 1024 ? 1 : 2048 / tile_bytes(KIND);      /* tiles on their way */
 
 /* sum += rows of a tile of m times x, over column tiles kw, kw + step, ..; ready() is called once the first tiles are on their way.
- * x rows of bf16 by tile; tokens from n on are zeros. */
-template <tile_kind KIND, int NT, int AHEAD, typename Ready>
-static __device__ inline void take_tiles(float (&sum)[NT][4], const matrix &m, int row_tile, int kw, int step, const unsigned char *x, int n, int lane, Ready ready) {
+ * x: a row of bf16 by tile */
+template <tile_kind KIND, int AHEAD, typename Ready>
+static __device__ inline void take_tiles(float (&sum)[4], const matrix &m, int row_tile, int kw, int step, const unsigned char *x, int lane, Ready ready) {
     tile<KIND> tiles[AHEAD];
 #pragma unroll
     for (int i = 0; i < AHEAD; i++)
@@ -47,21 +47,10 @@ static __device__ inline void take_tiles(float (&sum)[NT][4], const matrix &m, i
         for (int i = 0; i < AHEAD; i++) {
             int c = base + i * step;
             if (c >= m.col_tiles) break;
-            tiles[i].template multiply<NT>(sum, [&](int t, int s) {
-                int token = lane / 4 + t * 8;
-                return token < n ? *(const uint2 *)(x + c * INPUT_TILE + s * 32 + lane % 4 * 8) : make_uint2(0, 0);
-            });
+            tiles[i].multiply(sum, x + c * INPUT_TILE, lane);
             if (c + AHEAD * step < m.col_tiles) tiles[i].load(m, row_tile, c + AHEAD * step, lane);
         }
     }
-}
-
-/* A warp's sums to shared memory: red [NT * 8 tokens][16 rows] */
-template <int NT> static __device__ inline void leave_sums(float *red, const float (&sum)[NT][4], int lane) {
-#pragma unroll
-    for (int t = 0; t < NT; t++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) red[(t * 8 + lane % 4 * 2 + e % 2) * TILE_ROWS + lane / 4 + e / 2 * 8] = sum[t][e];
 }
 
 /* ---- many tokens ---- */

@@ -9,24 +9,41 @@
 
 template <tile_kind KIND> constexpr int tile_offset = KIND == TILES_4 ? 8 : KIND == TILES_4_MIN ? 0 : 128;
 
-/* Columns 0 .. count - 1 of a row, zeros up to the end of their last tile; all threads of the block call. */
-template <tile_kind KIND> static __device__ inline void stage_inputs(unsigned char *to, const bf16 *x, int count) {
-    const int padded = (count + TILE_COLS - 1) / TILE_COLS * TILE_COLS, lane = threadIdx.x % 32;
-    for (int c = threadIdx.x * 8; c - lane * 8 < padded; c += WARPS * 32 * 8) {   /* whole warps */
-        const uint4 v = c < count ? *(const uint4 *)(x + c) : make_uint4(0, 0, 0, 0);
+/* Columns of a row as threads load them, eight each at a time, MANY ahead of their use */
+template <int MANY> struct row_pieces {
+    static constexpr int STEP = WARPS * 32 * 8;
+    uint4 ahead[MANY];
+    const bf16 *x;
+    int count;
+
+    __device__ uint4 get(int c) const { return c < count ? *(const uint4 *)(x + c) : make_uint4(0, 0, 0, 0); }
+    __device__ void begin(const bf16 *row, int columns) {
+        x = row, count = columns;
+#pragma unroll
+        for (int i = 0; i < MANY; i++) ahead[i] = get(threadIdx.x * 8 + i * STEP);
+    }
+    __device__ uint4 next(int c) {   /* at c, a thread's columns in order */
+        const uint4 v = ahead[0];
+#pragma unroll
+        for (int i = 0; i + 1 < MANY; i++) ahead[i] = ahead[i + 1];
+        ahead[MANY - 1] = get(c + MANY * STEP);
+        return v;
+    }
+};
+
+/* The row's columns, those of tiles with scales times share(column), zeros up to the end of their last tile; all threads of the block call. */
+template <tile_kind KIND, int MANY, typename Share> static __device__ inline void stage_inputs(unsigned char *to, row_pieces<MANY> &row, Share share) {
+    const int padded = (row.count + TILE_COLS - 1) / TILE_COLS * TILE_COLS, lane = threadIdx.x % 32;
+#pragma unroll 1
+    for (int c = threadIdx.x * 8; c - lane * 8 < padded; c += row.STEP) {   /* whole warps */
+        const uint4 v = row.next(c);
         unsigned char *tile = to + c / TILE_COLS * INPUT_TILE;
         if constexpr (!has_scales(KIND)) {
             if (c < padded) *(uint4 *)(tile + c % TILE_COLS * 2) = v;
         } else {
             float value[8];
             eight_floats(v, value);
-            const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-            uint32_t most = 0;
-#pragma unroll
-            for (int i = 0; i < 4; i++) most = max(most, max(words[i] << 16 & 0x7fffffffu, words[i] & 0x7fff0000u));
-            most = max(most, __shfl_xor_sync(0xffffffff, most, 1));
-            most = max(most, __shfl_xor_sync(0xffffffff, most, 2));
-            const float step = step_of(most, 13), per_step = inverse(step);
+            const float step = step_of(largest(v, 4), 13), per_step = inverse(step);
             uint2 high, low;
             int sum = split_four(high.x, low.x, make_float4(value[0], value[2], value[1], value[3]), per_step);
             sum += split_four(high.y, low.y, make_float4(value[4], value[6], value[5], value[7]), per_step);
@@ -35,46 +52,48 @@ template <tile_kind KIND> static __device__ inline void stage_inputs(unsigned ch
             if (c >= padded) continue;
             uint32_t *codes = (uint32_t *)(tile + c % TILE_COLS / 32 * 64) + c % 16 / 4 * 2 + c % 32 / 16;
             codes[0] = high.x, codes[2] = high.y, codes[8] = low.x, codes[10] = low.y;
-            if (c % 32 == 0) *(int4 *)(tile + 128 + c % TILE_COLS / 32 * 16) = make_int4(__float_as_int(step), sum, second, 0);
+            if (c % 32 == 0) *(int4 *)(tile + 128 + c % TILE_COLS / 32 * 16) = make_int4(__float_as_int(step * share(c)), sum, second, 0);
         }
     }
     __syncthreads();
 }
 
-/* One of the tiles that a warp takes: where its codes, its scales and its inputs lie, and what its sums count */
-struct tile_place {
-    const char *codes, *scales;
-    const unsigned char *x;
-    float share;
-};
-
-/* Four groups of columns, as many as meet in one accumulator: of one tile or of two */
+/* Four groups of columns, as many as meet in one accumulator: of one tile or of two. They come through shared memory, where a lane writes and reads
+ * what is its own: SLOT bytes of a warp. */
 template <tile_kind KIND> struct tile_group {
     static constexpr int TILES = group_cols(KIND) == 32 ? 2 : 1, WORDS = tile_bytes(KIND) / 512, GROUPS = TILE_COLS / group_cols(KIND);
     static constexpr int GROUP_BYTES = has_minimum(KIND) ? 8 : 4;   /* scales of both rows of a lane */
+    static constexpr int SLOT = TILES * WORDS * 512 + 256;
     uint4 codes[TILES][WORDS];
     uint2 scales;   /* of group lane % 4: f16 of both rows, or pairs with the minimum; zeros where there is no tile */
 
-    __device__ void load(const tile_place (&at)[TILES], const bool (&there)[TILES], int lane) {
+    /* Where tiles begin, lanes know: `first` and those behind it; `left` of them are there. */
+    static __device__ void fetch(unsigned char *slot, const char *codes, const char *scales, int first, int left, int lane) {
+#pragma unroll
+        for (int i = 0; i < TILES; i++) {
+            const char *from = (const char *)__shfl_sync(~0u, (long long)codes, first + i) + lane * 16;
+#pragma unroll
+            for (int w = 0; w < WORDS; w++) copy_async(slot + ((i * WORDS + w) * 32 + lane) * 16, from + w * 512, i < left);
+        }
+        const int mine = TILES == 2 ? lane % 4 / GROUPS : 0;
+        const char *from = (const char *)__shfl_sync(~0u, (long long)scales, first + mine);
+        copy_async_small<GROUP_BYTES>(slot + TILES * WORDS * 512 + lane * 8, from + (lane / 4 * GROUPS + lane % 4 % GROUPS) * GROUP_BYTES, mine < left);
+    }
+    __device__ void load(const unsigned char *slot, int lane) {
 #pragma unroll
         for (int i = 0; i < TILES; i++)
 #pragma unroll
-            for (int w = 0; w < WORDS; w++) codes[i][w] = there[i] ? load_once(at[i].codes + (w * 32 + lane) * 16) : make_uint4(0, 0, 0, 0);
-        const int mine = lane % 4 / GROUPS;
-        const char *own = (TILES == 2 && mine ? at[TILES - 1].scales : at[0].scales) + (lane / 4 * GROUPS + lane % 4 % GROUPS) * GROUP_BYTES;
-        scales = make_uint2(0, 0);
-        if (!(TILES == 2 && mine ? there[TILES - 1] : there[0])) return;
-        if (has_minimum(KIND)) scales = __ldg((const uint2 *)own);
-        else scales.x = __ldg((const uint32_t *)own);
+            for (int w = 0; w < WORDS; w++) codes[i][w] = *(const uint4 *)(slot + ((i * WORDS + w) * 32 + lane) * 16);
+        scales = *(const uint2 *)(slot + TILES * WORDS * 512 + lane * 8);   /* without minima the upper half is not looked at */
     }
-    /* sum of rows lane / 4 and + 8 += the group's share of them */
-    __device__ void multiply(float (&sum)[2], const tile_place (&at)[TILES], int lane) const {
+    /* sum of rows lane / 4 and + 8 += the group's share of them; x of each tile */
+    __device__ void multiply(float (&sum)[2], const unsigned char *x0, const unsigned char *x1, int lane) const {
         const int column = lane / 8, mine = lane % 4;   /* the group whose x this lane gives, that whose sums it gets */
         int part[4] = {};
-        const int4 own = *(const int4 *)((TILES == 2 && mine / GROUPS ? at[TILES - 1].x : at[0].x) + 128 + (TILES == 2 ? mine % 2 : mine / 2) * 16);
+        const int4 own = *(const int4 *)((TILES == 2 && mine / GROUPS ? x1 : x0) + 128 + (TILES == 2 ? mine % 2 : mine / 2) * 16);
         const int q = TILES == 2 ? own.y + own.z : mine % 2 ? own.z : own.y;
         part[1] = part[3] = -tile_offset<KIND> * q;
-        const unsigned char *x = (TILES == 2 && column / 2 ? at[TILES - 1].x : at[0].x) + (TILES == 2 ? column % 2 : column / 2) * 64 + lane / 4 % 2 * 32 + lane % 4 * 8;
+        const unsigned char *x = (TILES == 2 && column / 2 ? x1 : x0) + (TILES == 2 ? column % 2 : column / 2) * 64 + lane / 4 % 2 * 32 + lane % 4 * 8;
         const uint2 bytes = *(const uint2 *)x;
 #pragma unroll
         for (int group = 0; group < 4; group++) {
@@ -98,7 +117,7 @@ template <tile_kind KIND> struct tile_group {
             if constexpr (TILES == 2) mma_bytes<false>(part, a[0][0], a[0][1], a[1][0], a[1][1], turn ? bytes.x : 0, turn ? bytes.y : 0);
             else mma_bytes(part, a[0][0], a[0][1], turn ? (group % 2 ? bytes.y : bytes.x) : 0);
         }
-        const float share = TILES == 2 && mine / GROUPS ? at[TILES - 1].share : at[0].share, step = __int_as_float(own.x) * share;
+        const float step = __int_as_float(own.x);
 #pragma unroll
         for (int row = 0; row < 2; row++) {
             const float whole = (float)(part[2 * row] * 256 + part[2 * row + 1]);
@@ -114,27 +133,41 @@ template <tile_kind KIND> struct tile_group {
     }
 };
 
-/* Tiles 0 .. count - 1 of the warp, which place(i) finds; MANY groups are on their way before ready() is called. What a tile's sums count is known
- * only then. */
-template <tile_kind KIND, int MANY, typename Place, typename Ready>
-static __device__ inline void take_groups(float (&sum)[2], int count, int lane, Place place, Ready ready) {
+/* Bytes that a warp's groups take while they are on their way: so many of 4 bits, half as many of 8. Those of all kinds that it may be: */
+template <tile_kind KIND> constexpr int depth_of(int groups) { return tile_group<KIND>::SLOT <= 1280 ? groups : groups / 2; }
+static inline int ring_bytes(tile_kind kind, int groups) {
+    switch (kind) {
+    case TILES_4: case TILES_4_MIN: return WARPS * groups * tile_group<TILES_4>::SLOT;
+    case TILES_8: return WARPS * depth_of<TILES_8>(groups) * tile_group<TILES_8>::SLOT;
+    case TILES_8_MIN: return WARPS * depth_of<TILES_8_MIN>(groups) * tile_group<TILES_8_MIN>::SLOT;
+    default: return 0;
+    }
+}
+
+/* Tiles 0 .. count - 1 of the warp; place(i, codes, scales) finds where they begin, and x, x + x_step, .. are their inputs. GROUPS of 4 bits are on their
+ * way before ready() is called. `rings`: of all warps. */
+template <tile_kind KIND, int GROUPS, typename Place, typename Ready>
+static __device__ inline void take_groups(float (&sum)[2], unsigned char *rings, int count, const unsigned char *x, int x_step, int lane, Place place, Ready ready) {
     typedef tile_group<KIND> Group;
-    constexpr int TILES = Group::TILES;
-    Group groups[MANY];
-    for (int base = 0; base < count || base == 0; base += MANY * TILES) {
-        auto for_each = [&](auto act) {
-#pragma unroll
-            for (int i = 0; i < MANY; i++) {
-                if (base + i * TILES >= count) continue;
-                tile_place at[TILES];
-                bool there[TILES];
-#pragma unroll
-                for (int j = 0; j < TILES; j++) there[j] = base + i * TILES + j < count, at[j] = place(there[j] ? base + i * TILES + j : 0);
-                act(groups[i], at, there);
-            }
-        };
-        for_each([&](Group &group, const tile_place (&at)[TILES], const bool (&there)[TILES]) { group.load(at, there, lane); });
-        if (base == 0) ready();
-        for_each([&](const Group &group, const tile_place (&at)[TILES], const bool (&)[TILES]) { group.multiply(sum, at, lane); });
+    constexpr int TILES = Group::TILES, DEPTH = depth_of<KIND>(GROUPS);
+    unsigned char *ring = rings + threadIdx.x / 32 * DEPTH * Group::SLOT, *slot = ring;
+    const char *codes = nullptr, *scales = nullptr;   /* of tile `lane` of 32 */
+#pragma unroll 1
+    for (int at = -DEPTH * TILES; at < max(count, 1); at += TILES) {
+        if (at == 0) ready();
+        if (at >= 0 && at < count) {
+            copy_wait<DEPTH - 1>();
+            Group group;
+            group.load(slot, lane);
+            group.multiply(sum, x, at + 1 < count ? x + x_step : x, lane);
+            x += TILES * x_step;
+        }
+        const int next = at + DEPTH * TILES;
+        if (next < count) {
+            if (next % 32 == 0) place(min(next + lane, count - 1), codes, scales);
+            Group::fetch(slot, codes, scales, next % 32, count - next, lane);
+        }
+        copy_commit();
+        slot = slot + Group::SLOT == ring + DEPTH * Group::SLOT ? ring : slot + Group::SLOT;
     }
 }

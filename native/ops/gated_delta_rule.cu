@@ -85,7 +85,7 @@ static __global__ void delta_rows(delta_arguments<T> a) {
 enum { WARPS = 8, OWN = 2 * HEAD + COLUMNS };
 
 template <typename T>
-static __global__ void __launch_bounds__(WARPS * 32) delta_decode(delta_arguments<T> a) {
+static __global__ void __launch_bounds__(WARPS * 32, 4) delta_decode(delta_arguments<T> a) {
     __shared__ float raw[TAPS][OWN], u[OWN], red[2][WARPS][COLUMNS], o[DECODE_ROWS][COLUMNS], squares[DECODE_ROWS];
     const tops_states &s = a.states;
 #if __CUDA_ARCH__ >= 900
@@ -113,6 +113,14 @@ static __global__ void __launch_bounds__(WARPS * 32) delta_decode(delta_argument
     cluster.sync();   /* every block has read the slot that one of them may write */
     launch_dependents();
     wait_for_inputs();
+    auto keep = [&](int row) {
+        const int slot = a.states_out[row];
+        if (slot < 0) return;
+        for (int r = 0; r < 4; r++) *(float4 *)(s.memory + slot * s.pitch + place + r * HEAD) = memory[r];
+        for (int i = me; i < OWN; i += WARPS * 32)   /* q and k by the first block of the cluster, v by each */
+            if (i >= 2 * HEAD || rank == 0)
+                for (int m = 1; m < TAPS; m++) s.inputs[slot * s.pitch + (m - 1) * a.channels + channel(i)] = raw[m][i];
+    };
     /* The gate is wanted last: its first row is on its way meanwhile. */
     float z_first = row < end ? to_float(a.x[row * a.width + a.channels + head * HEAD + column + lane]) : 0;
     for (; row < end; row++) {
@@ -164,16 +172,13 @@ static __global__ void __launch_bounds__(WARPS * 32) delta_decode(delta_argument
             for (int step = 1; step < 8; step *= 2) sum += __shfl_xor_sync(0xff, sum, step);
             if (me == 0) squares[row - first] = sum;
         }
-        int slot = a.states_out[row];
-        if (slot >= 0) {
-            for (int r = 0; r < 4; r++) *(float4 *)(s.memory + slot * s.pitch + place + r * HEAD) = memory[r];
-            for (int i = me; i < OWN; i += WARPS * 32)   /* q and k by the first block of the cluster, v by each */
-                if (i >= 2 * HEAD || rank == 0)
-                    for (int m = 1; m < TAPS; m++) s.inputs[slot * s.pitch + (m - 1) * a.channels + channel(i)] = raw[m][i];
-        }
+        if (row + 1 < end) keep(row);
         __syncthreads();
     }
-    cluster.sync();
+    /* The cluster's barrier waits for stores before it: the last state is stored behind it. */
+    cluster.barrier_arrive();
+    if (first < end) keep(end - 1);
+    cluster.barrier_wait();
     for (int i = me; i < (end - first) * COLUMNS; i += WARPS * 32) {
         int t = i / COLUMNS, c = lane;
         float sum = 0;

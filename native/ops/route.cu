@@ -1,74 +1,110 @@
 /* The router of a mixture of experts: norm, logits, the k largest of them and their shares.
  *
- * One warp has all logits in registers and takes the largest k times, while the others write the normed row. */
+ * A few of the block's warps choose while the others write the normed row. Not one of the k largest logits is below the k-th largest of 32 groups' own
+ * largest, and few more than k are not: these are picked out and ordered by counting. */
 #include "../cuda/storage.cuh"
 
-enum { MOST = 1024, CHOICES = 32, THREADS = 512 };      /* experts, MOST / 32 for each lane; chosen ones, one for each lane */
+enum { MOST = 1024, CHOICES = 32, CHOOSING = 128, NORMING = 384, SHARE = CHOOSING / 32 };   /* experts; chosen ones; threads; those of a group */
 
-/* Larger floats have larger keys; a NaN counts as -infinity, nothing as 0. */
-static __device__ uint32_t key_of(float x) {
+/* Larger logits have larger places, and a NaN has that of -infinity; none has 0. A key is a place and, of equal ones, larger for the lower number. */
+static __device__ uint32_t place_of(float x) {
     const uint32_t bits = __float_as_uint(x == x ? x : -INFINITY);
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
-static __device__ float of_key(uint32_t key) { return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key); }
+static __device__ float logit_of(uint32_t place) { return __uint_as_float(place & 0x80000000u ? place & 0x7fffffffu : ~place); }
+static __device__ uint64_t key_of(uint32_t place, int number) { return (uint64_t)place << 32 | (uint32_t)~number; }
 
-/* sm_80 has these for integers */
-static __device__ uint32_t largest(uint32_t x) { return __reduce_max_sync(~0u, x); }
-static __device__ uint32_t smallest(uint32_t x) { return __reduce_min_sync(~0u, x); }
+/* How many of a list are larger than a key; SHARE threads that stand together ask the same */
+static __device__ int larger(const uint64_t *keys, int count, uint64_t key) {
+    int found = 0;
+#pragma unroll 2
+    for (int i = threadIdx.x % SHARE; i < count; i += SHARE) found += keys[i] > key;
+#pragma unroll
+    for (int step = SHARE / 2; step; step /= 2) found += __shfl_xor_sync(~0u, found, step);
+    return found;
+}
+static __device__ void sync(int barrier, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
 
-/* Lane l has logits l + 32 i. Experts come largest first, among equals the lower number first. */
-template <int EACH> static __device__ void choose_experts(int32_t *experts, float *shares, const float (&logit)[EACH], float gate, int e, int k, int gated, int renormalize) {
-    const int lane = threadIdx.x % 32;
-    uint32_t key[EACH];
+/* Experts come largest first, among equals the lower number first. Group g has one number of each 32, 32 a + (g xor a): so that of logits that are all equal, or
+ * come again after some, no more are picked than needed. */
+template <int EACH> static __device__ void choose_experts(int32_t *experts, float *shares, const float *logits, int e, int k, int gated, int renormalize) {
+    __shared__ uint64_t largest[32], picked[MOST], chosen[CHOICES], least;
+    __shared__ int count;
+    const int me = threadIdx.x, lane = me % 32;
+    const float gate = gated && me == 0 ? logits[e] : 0;
+    auto number = [&](int i) {   /* the thread's i-th */
+        const int a = me % SHARE + SHARE * i;
+        return 32 * a + (me / SHARE ^ a);
+    };
+    uint32_t place[EACH];
+    uint64_t own = 0;
 #pragma unroll
-    for (int i = 0; i < EACH; i++) key[i] = lane + 32 * i < e ? key_of(logit[i]) : 0;
-    float first = 0, own = 0;   /* the largest, and the one that this lane will keep */
-    int number = 0;
-    for (int round = 0; round < k; round++) {
-        uint32_t best = 0;
-        int at = 0;
-#pragma unroll
-        for (int i = EACH - 1; i >= 0; i--)
-            if (key[i] >= best) best = key[i], at = i;
-        const uint32_t most = largest(best), winner = smallest(best == most ? (uint32_t)(lane + 32 * at) : UINT32_MAX);
-        if (round == 0) first = of_key(most);
-        if (lane == round) own = of_key(most), number = (int)winner;
-#pragma unroll
-        for (int i = 0; i < EACH; i++)
-            if ((uint32_t)(lane + 32 * i) == winner) key[i] = 0;
+    for (int i = 0; i < EACH; i++) {
+        place[i] = number(i) < e ? place_of(logits[number(i)]) : 0;
+        own = max(own, key_of(place[i], number(i)));
     }
-    const float share = lane < k ? __expf(own - first) : 0;
+#pragma unroll
+    for (int step = SHARE / 2; step; step /= 2) own = max(own, (uint64_t)__shfl_xor_sync(~0u, own, step));
+    largest[me / SHARE] = own;
+    if (me == 0) count = 0;
+    sync(1, CHOOSING);
+    if (larger(largest, 32, own) == k - 1) least = own;
+    sync(1, CHOOSING);
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        const uint64_t key = key_of(place[i], number(i));
+        if (k && key >= least) picked[atomicAdd(&count, 1)] = key;
+    }
+    sync(1, CHOOSING);
+#pragma unroll 1
+    for (int i = me / SHARE; i - lane / SHARE < count; i += CHOOSING / SHARE) {   /* whole warps */
+        const uint64_t key = picked[min(i, count - 1)];
+        const int before = larger(picked, count, key);
+        if (i < count && before < k) chosen[before] = key;
+    }
+    sync(1, CHOOSING);
+    if (me >= 32) return;
+    const uint64_t key = lane < k ? chosen[lane] : 0;
+    const float first = logit_of((uint32_t)(__shfl_sync(~0u, key, 0) >> 32)), share = lane < k ? __expf(logit_of((uint32_t)(key >> 32)) - first) : 0;
     float all = share;
     if (!renormalize) {
         all = 0;
-#pragma unroll
-        for (int i = 0; i < EACH; i++)
-            if (lane + 32 * i < e) all += __expf(of_key(key_of(logit[i])) - first);
+#pragma unroll 1
+        for (int i = lane; i < e; i += 32) all += __expf(logit_of(place_of(logits[i])) - first);
     }
     all = warp_sum(all);
-    if (lane < k) experts[lane] = number, shares[lane] = share / all;
+    if (lane < k) experts[lane] = (int)~(uint32_t)key, shares[lane] = share / all;
     if (lane == 0) shares[k] = gated ? sigmoid(gate) : 1.0f;
 }
 
 template <typename T, int EACH>
-static __global__ void __launch_bounds__(THREADS) choose(T *normed, int32_t *experts, float *shares, const T *x, const float *norm, const float *logits, int d, int e, int k,
-                                                         int gated, int renormalize, float eps) {
+static __global__ void __launch_bounds__(CHOOSING + NORMING) choose(T *normed, int32_t *experts, float *shares, const T *x, const float *norm, const float *logits, int d, int e,
+                                                                    int k, int gated, int renormalize, float eps) {
+    extern __shared__ float row[];   /* [d] the norm's weights, [d] x */
+    __shared__ float sums[NORMING / 32];
     launch_dependents();
-    wait_for_inputs();
     const int64_t t = blockIdx.x;
-    const int me = threadIdx.x, lane = me % 32;
-    x += t * d, normed += t * d;
-    float logit[EACH], gate = 0, sum = 0;
-    if (me < 32) {
-        const float *l = logits + t * (e + gated);
-#pragma unroll
-        for (int i = 0; i < EACH; i++) logit[i] = lane + 32 * i < e ? l[lane + 32 * i] : 0;
-        if (gated) gate = l[e];
+    const int lane = threadIdx.x % 32, me = threadIdx.x - CHOOSING;
+    if (me < 0) {
+        wait_for_inputs();
+        return choose_experts<EACH>(experts + t * k, shares + t * (k + 1), logits + t * (e + gated), e, k, gated, renormalize);
     }
-    for (int c = me; c < d; c += THREADS) sum += to_float(x[c]) * to_float(x[c]);
-    const float factor = rsqrtf(block_sum(sum) / d + eps);
-    if (me < 32) return choose_experts<EACH>(experts + t * k, shares + t * (k + 1), logit, gate, e, k, gated, renormalize);
-    for (int c = me - 32; c < d; c += THREADS - 32) normed[c] = from_float<T>(to_float(x[c]) * factor * norm[c]);
+#pragma unroll 1
+    for (int c = me; c < d; c += NORMING) row[c] = norm[c];
+    wait_for_inputs();
+    float sum = 0;
+#pragma unroll 4
+    for (int c = me; c < d; c += NORMING) {
+        const float v = to_float(x[t * d + c]);
+        row[d + c] = v;
+        sum += v * v;
+    }
+    sum = warp_sum(sum);
+    if (lane == 0) sums[me / 32] = sum;
+    sync(2, NORMING);
+    const float factor = rsqrtf(warp_sum(lane < NORMING / 32 ? sums[lane] : 0) / d + eps);
+#pragma unroll 1
+    for (int c = me; c < d; c += NORMING) normed[t * d + c] = from_float<T>(row[d + c] * factor * row[c]);
 }
 
 int tops_rms_norm_route(tops_stream *stream, void *normed, float *logits, int32_t *experts, float *shares, const void *x,
@@ -79,12 +115,13 @@ int tops_rms_norm_route(tops_stream *stream, void *normed, float *logits, int32_
     REQUIRE(parts == 1 || w[1].rows == 1, "w[1]: must have one row, not %lld", (long long)w[1].rows);
     REQUIRE_SUPPORTED(w->rows <= MOST && k <= CHOICES, "w, k: at most %d experts and %d choices, not %lld, %lld", MOST, CHOICES, (long long)w->rows,
                       (long long)k);
+    REQUIRE_SUPPORTED(w->cols <= 8192, "w: at most 8192 columns, not %lld", (long long)w->cols);
     if (n == 0) return TOPS_OK;
     int status = tops_rms_norm_linear_f32(stream, logits, x, norm, w, parts, n, eps, dtype);
     if (status) return status;
     return with_storage(dtype, [&](auto t) {
         typedef decltype(t) T;
-        return launch(stream, w->rows <= 512 ? choose<T, 16> : choose<T, MOST / 32>, dim3(n), THREADS, 0, 1, (T *)normed, experts, shares, (const T *)x, norm, logits,
-                      (int)w->cols, (int)w->rows, (int)k, (int)(parts == 2), renormalize, eps);
+        return launch_wide(stream, w->rows <= MOST / 2 ? choose<T, MOST / 2 / CHOOSING> : choose<T, MOST / CHOOSING>, dim3(n), CHOOSING + NORMING,
+                           2 * w->cols * sizeof(float), (T *)normed, experts, shares, (const T *)x, norm, logits, (int)w->cols, (int)w->rows, (int)k, (int)(parts == 2), renormalize, eps);
     });
 }
