@@ -97,6 +97,17 @@ def test_route_breaks_ties_by_the_lower_number(backend):
     assert get(backend, experts).tolist() == [[1, 4, 0, 2]]
 
 
+@pytest.mark.parametrize("e, k", [(40, 10), (512, 10), (512, 32), (1000, 17)])
+@pytest.mark.parametrize("period", [1, 4, 48])
+def test_route_among_logits_that_repeat(backend, period, e, k, rng):
+    router = np.resize(rng.normal(0, 0.3, (period, 32)).astype("f4"), (e, 32))
+    w = backend.pack([(router.tobytes(), DType.F32, e, 32, None)], DType.F32)
+    experts, logits = put(backend, np.zeros((1, k)), DType.I32), put(backend, np.zeros((1, e)))
+    ops.rms_norm_route(put(backend, np.zeros((1, 32))), logits, experts, put(backend, np.zeros((1, k + 1))), put(backend, rng.normal(0, 1, (1, 32))),
+                       put(backend, np.ones(32)), w, 1, True, EPS)
+    assert (get(backend, experts)[0] == np.argsort(-get(backend, logits)[0], kind="stable")[:k]).all()
+
+
 CASES = [(0, 64, 32, 4, 2), (1, 64, 32, 8, 3), (2, 32, 64, 4, 4), (16, 64, 96, 8, 3), (17, 64, 32, 8, 3), (90, 96, 64, 16, 5)]
 
 
