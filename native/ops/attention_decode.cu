@@ -274,8 +274,8 @@ __global__ void __launch_bounds__(THREADS, 2) attend_few(bf16 *out, Record *hand
             __stcg(&to->of, make_float4(most, over, 0, 0));
         }
     }
-    /* A warp merges AHEAD of the units that are the block's part, in each a lane a span. The up to 32 blocks of a row wait for each other here, and can: a GPU
-     * begins blocks in their order, so those that stand before them end by themselves and make room for the rest of them. */
+    /* A warp merges AHEAD of the units that are the block's part, in each a lane a span. The blocks of a row wait for each other here, and can: there are no more
+     * of them than processors, and a GPU begins blocks in their order, so those before them end by themselves and make room for all of these. */
     constexpr int AHEAD = P > 64 ? 2 : 1, N = 4 * AHEAD;
 #pragma unroll 1
     for (int first = split + used * warp; first < own; first += used * WARPS * AHEAD) {
@@ -322,7 +322,8 @@ bool decode_supports(const tops_kv *kv, int64_t n, const SpanShape &s, int dtype
 
 int attend_decode(tops_stream *stream, void *out, const void *qkv, const tops_kv *kv, const tops_batch *batch, SpanShape s, const Rope *rope) {
     const int64_t n = batch->n, columns = s.g * ceil_div(s.heads, HEADS);
-    s.splits = (int)max(min(ceil_div(batch->max_pages * kv->page_size, tile_of(s.p)), min((int64_t)SPLITS_MOST, splits_held(n, s))), (int64_t)1);
+    const int64_t most = min(min((int64_t)SPLITS_MOST, splits_held(n, s)), (int64_t)stream->multiprocessors);
+    s.splits = (int)max(min(ceil_div(batch->max_pages * kv->page_size, tile_of(s.p)), most), (int64_t)1);
     auto start = [&](auto kernel, int shared) {
         return launch_wide(stream, kernel, dim3((unsigned)s.splits, (unsigned)columns, (unsigned)n), dim3(THREADS), (size_t)shared, static_cast<bf16 *>(out),
                            static_cast<Record *>(stream->handover), static_cast<const bf16 *>(qkv), static_cast<bf16 *>(kv->k), static_cast<bf16 *>(kv->v), *batch, s, rope ? *rope : Rope{});
