@@ -120,6 +120,11 @@ __device__ inline float warp_max(float x) {
     for (int step = 16; step; step /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, step));
     return x;
 }
+/* Sum over four lanes that stand together */
+__device__ inline float quad_sum(float x) {
+    x += __shfl_xor_sync(0xffffffff, x, 1);
+    return x + __shfl_xor_sync(0xffffffff, x, 2);
+}
 /* Sum over the block, known to all its threads. */
 __device__ inline float block_sum(float x) {
     __shared__ float sums[32];

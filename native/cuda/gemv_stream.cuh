@@ -149,7 +149,7 @@ template <int D, int T> __device__ __forceinline__ void stream_rows(const Produc
 #pragma unroll
             for (int e = 0; e < (T == 1 ? 1 : SUMS<T>); e++) {
                 float value = T > 1 || FIXED<D, T> ? sum[e] : sum[0] + sum[SUMS<T> - 1];
-                if (FIXED<D, T>) value += __shfl_xor_sync(0xffffffff, value, 1), value += __shfl_xor_sync(0xffffffff, value, 2);
+                if (FIXED<D, T>) value = quad_sum(value);
                 if (T > 1 || lane % 4 == 0) to[line * PART + (T == 1 ? 0 : lane / 4 + e / 2 * 8) * STREAM_ROWS + row_of<T>(e)] = value;
             }
 #pragma unroll

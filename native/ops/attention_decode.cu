@@ -237,8 +237,7 @@ __global__ void __launch_bounds__(THREADS, 2) attend_few(bf16 *out, Record *hand
             q[c] = make_uint2(pairs[0], pairs[2]);
         }
     }
-    total += __shfl_xor_sync(0xffffffff, total, 1);
-    total += __shfl_xor_sync(0xffffffff, total, 2);
+    total = quad_sum(total);
     __syncthreads();   /* values are read */
     float *results = reinterpret_cast<float *>(values);
 #pragma unroll

@@ -9,10 +9,6 @@ enum { CHOICES = 32, GATE_UP_GROUPS = 4, DOWN_GROUPS = 6 };
 static __device__ inline void leave_rows(float *red, float x, float y, int lane) {
     if (lane % 4 == 0) red[lane / 4] = x, red[lane / 4 + 8] = y;
 }
-static __device__ inline float quad_sum(float x) {
-    x += __shfl_xor_sync(0xffffffff, x, 1);
-    return x + __shfl_xor_sync(0xffffffff, x, 2);
-}
 
 /* A block takes 16 rows of gate and up of one choice of one token; half of its warps take gate, half up. */
 static __global__ void __launch_bounds__(WARPS * 32, 4) gate_up_few(const __grid_constant__ expert_arguments a) {

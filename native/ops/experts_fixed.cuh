@@ -133,7 +133,7 @@ template <tile_kind KIND> struct tile_group {
     }
 };
 
-/* Bytes that a warp's groups take while they are on their way: so many of 4 bits, half as many of 8. Those of all kinds that it may be: */
+/* Groups that a warp has on their way at once, where it would have so many of 4 bits; and the bytes that they take in all warps */
 template <tile_kind KIND> constexpr int depth_of(int groups) { return tile_group<KIND>::SLOT <= 1280 ? groups : groups / 2; }
 static inline int ring_bytes(tile_kind kind, int groups) {
     switch (kind) {
