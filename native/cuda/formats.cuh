@@ -1,20 +1,19 @@
-/* Packed weights on the GPU. Float formats stay as files hold them, [rows, cols]. Quantised ones are split into planes, so that a
- * lane loads the codes of a block of 32 columns with one or two 16-byte loads:
- *   low      4-bit codes [rows, cols / 32, 16]: byte j holds column j in its low and column 16 + j in its high half;
- *            Q8_0: signed bytes [rows, cols]
- *   high     u32 [rows, cols / 32] for each bit above the fourth: bit j belongs to column j
- *   scales   by block of 32: Q4_0, Q5_0, Q8_0 half d; Q4_1, Q5_1 half2 (d, m); Q4_K, Q5_K uchar2 (sc, m); Q6_K char2 (its halves' sc)
- *   supers   by 256 columns: Q4_K, Q5_K half2 (d, dmin); Q6_K half d
- * Nothing is rounded: scale = d sc, minimum = -dmin m are formed in f32 when they are used.
+/* Packed weights on the GPU. Float formats stay as files hold them, [rows, cols]. Quantised ones are cut into slots of 8 rows by 256 columns (Q8_0: 128), a row
+ * of slots after the other, in which a warp's lane 4 r + q finds side by side what it gives to tensor cores for row r; b counts a slot's blocks of 32 columns:
+ *   codes    uint4 [2][lane], eight words. Word b: byte k has column 4 q + k of block b in its low half, and in its high half the column 16 further;
+ *            Q8_0: words 2 b and 2 b + 1 have both as signed bytes
+ *   high     uint2 [lane] for each bit above the fourth: bit 4 b + k of its words belongs to those two columns
+ *   scales   [row][place of the block, of which a lane's are neighbours]: Q4_0, Q5_0, Q8_0 half d; Q4_1, Q5_1 half2 (d, m); Q4_K, Q5_K uchar2 (sc, m);
+ *            Q6_K char2 (its halves' sc)
+ *   supers   [row]: Q4_K, Q5_K half2 (d, dmin); Q6_K half d
+ * Rows and columns beyond the matrix are zeros. Nothing is rounded: scale = d sc, minimum = -dmin m are formed in f32 when they are used.
  */
 #pragma once
 
 #include "device.cuh"
 
 struct Matrix {
-    const unsigned char *low;
-    const uint32_t *high, *higher;
-    const void *scales, *supers;
+    const unsigned char *data;
     const float *fp8_scales;
     int64_t rows, cols;
 };
@@ -28,7 +27,20 @@ __host__ __device__ constexpr int scale_bytes(int dtype) { return dtype == TOPS_
 __host__ __device__ constexpr int super_scale_bytes(int dtype) { return !is_super(dtype) ? 0 : dtype == TOPS_Q6_K ? 2 : 4; }
 __host__ __device__ constexpr int value_bytes(int dtype) { return dtype == TOPS_F32 ? 4 : dtype == TOPS_FP8_E4M3 ? 1 : 2; }
 
-static inline int64_t plane(int64_t bytes) { return (bytes + 255) / 256 * 256; }
+enum { SLOT_ROWS = 8, SLOT_CODES = 128 * SLOT_ROWS };   /* bytes of codes in a slot */
+template <int D> struct Slot {
+    static constexpr int VALUES = D == TOPS_Q8_0 ? 128 : 256, BLOCKS = VALUES / 32;   /* of a row */
+    static constexpr int PLANES = code_bits(D) == 8 ? 0 : code_bits(D) - 4;           /* of bits above the fourth */
+    static constexpr int OWN = BLOCKS / 4;   /* blocks whose scales a lane needs: its first, and those 2 further */
+    static constexpr int HIGH = SLOT_CODES, SCALES = HIGH + PLANES * 256, SUPERS = SCALES + SLOT_ROWS * BLOCKS * scale_bytes(D);
+    static constexpr int BYTES = SUPERS + SLOT_ROWS * super_scale_bytes(D);
+    static_assert(BYTES % 16 == 0, "slots are copied in pieces of 16 bytes");
+
+    __host__ __device__ static constexpr int first_block(int quad) { return quad % 2 + quad / 2 * (BLOCKS / 2); }
+    /* Of a block's scale in its row, so that a lane's are neighbours */
+    __host__ __device__ static constexpr int place(int block) { return (block % 2 + block / (BLOCKS / 2) * 2) * OWN + block % (BLOCKS / 2) / 2; }
+    __host__ __device__ static int64_t across(int64_t cols) { return (cols + VALUES - 1) / VALUES; }
+};
 
 static inline bool format_known(int dtype) {
     switch (dtype) {
@@ -38,42 +50,34 @@ static inline bool format_known(int dtype) {
     }
 }
 
-/* Bytes of each plane in the order low, high, higher, scales, supers. */
-static inline void plane_bytes(int dtype, int64_t rows, int64_t cols, int64_t (&bytes)[5]) {
-    int bits = code_bits(dtype);
-    if (!is_quantised(dtype)) {
-        bytes[0] = plane(rows * cols * value_bytes(dtype));
-        bytes[1] = bytes[2] = bytes[3] = bytes[4] = 0;
-        return;
-    }
-    bytes[0] = plane(rows * cols * (bits == 8 ? 8 : 4) / 8);
-    bytes[1] = bits == 5 || bits == 6 ? plane(rows * cols / 8) : 0;
-    bytes[2] = bits == 6 ? plane(rows * cols / 8) : 0;
-    bytes[3] = plane(rows * cols / 32 * scale_bytes(dtype));
-    bytes[4] = plane(rows * cols / 256 * super_scale_bytes(dtype));
-}
-
-static inline Matrix matrix_at(const void *data, const float *fp8_scales, int dtype, int64_t rows, int64_t cols) {
-    int64_t bytes[5];
-    plane_bytes(dtype, rows, cols, bytes);
-    const unsigned char *at = static_cast<const unsigned char *>(data);
-    return Matrix{at, reinterpret_cast<const uint32_t *>(at + bytes[0]), reinterpret_cast<const uint32_t *>(at + bytes[0] + bytes[1]),
-                  at + bytes[0] + bytes[1] + bytes[2], at + bytes[0] + bytes[1] + bytes[2] + bytes[3], fp8_scales, rows, cols};
-}
-static inline Matrix matrix_of(const tops_weight *w) { return matrix_at(w->data, w->scales, w->dtype, w->rows, w->cols); }
+static inline Matrix matrix_of(const tops_weight *w) { return Matrix{static_cast<const unsigned char *>(w->data), w->scales, w->rows, w->cols}; }
 
 #ifdef __CUDACC__
-/* Scale and minimum of columns 16 half .. of a block; block counts blocks of 32 over the whole matrix. */
-template <int D> __device__ inline float2 affine(const Matrix &w, int64_t block, int half) {
-    if (D == TOPS_Q4_0 || D == TOPS_Q5_0 || D == TOPS_Q8_0) return make_float2(__half2float(static_cast<const __half *>(w.scales)[block]), 0.0f);
-    if (D == TOPS_Q4_1 || D == TOPS_Q5_1) return __half22float2(static_cast<const __half2 *>(w.scales)[block]);
-    if (D == TOPS_Q6_K) {
-        char2 sc = static_cast<const char2 *>(w.scales)[block];
-        return make_float2(__half2float(static_cast<const __half *>(w.supers)[block / 8]) * (float)(half ? sc.y : sc.x), 0.0f);
-    }
-    uchar2 sc = static_cast<const uchar2 *>(w.scales)[block];
-    float2 d = __half22float2(static_cast<const __half2 *>(w.supers)[block / 8]);
-    return make_float2(d.x * (float)sc.x, -(d.y * (float)sc.y));
+/* Scale and minimum of columns 16 half .. of a block, from what stands for the block and for its row of the slot */
+template <int D> __device__ inline float2 affine_of(uint32_t scale, uint32_t super, int half) {
+    if (scale_bytes(D) == 4) return __half22float2(*reinterpret_cast<const __half2 *>(&scale));
+    if (!is_super(D)) return make_float2(__half2float(__ushort_as_half((unsigned short)scale)), 0.0f);
+    const float2 d = __half22float2(*reinterpret_cast<const __half2 *>(&super));
+    if (D == TOPS_Q6_K) return make_float2(d.x * (float)(int8_t)(half ? scale >> 8 : scale), 0.0f);
+    return make_float2(d.x * (float)(scale & 255), -(d.y * (float)(scale >> 8 & 255)));
+}
+template <int D> __device__ inline uint32_t super_at(const unsigned char *slot, int row) {
+    const unsigned char *supers = slot + Slot<D>::SUPERS;
+    return !is_super(D) ? 0 : D == TOPS_Q6_K ? reinterpret_cast<const uint16_t *>(supers)[row] : reinterpret_cast<const uint32_t *>(supers)[row];
+}
+template <int D> __device__ inline uint32_t scale_at(const unsigned char *slot, int row, int block) {
+    const unsigned char *scales = slot + Slot<D>::SCALES;
+    const int at = row * Slot<D>::BLOCKS + Slot<D>::place(block);
+    return scale_bytes(D) == 4 ? reinterpret_cast<const uint32_t *>(scales)[at] : reinterpret_cast<const uint16_t *>(scales)[at];
+}
+/* The slot that has a block of 32 columns of a row, of which it is block % BLOCKS of row % SLOT_ROWS */
+template <int D> __device__ inline const unsigned char *slot_of(const Matrix &w, int64_t row, int block) {
+    return w.data + (row / SLOT_ROWS * Slot<D>::across(w.cols) + block / Slot<D>::BLOCKS) * Slot<D>::BYTES;
+}
+template <int D> __device__ inline float2 affine(const Matrix &w, int64_t row, int block, int half) {
+    const unsigned char *slot = slot_of<D>(w, row, block);
+    const int r = (int)(row % SLOT_ROWS);
+    return affine_of<D>(scale_at<D>(slot, r, block % Slot<D>::BLOCKS), super_at<D>(slot, r), half);
 }
 
 template <int D> constexpr bool HAS_MINIMUM = D == TOPS_Q4_1 || D == TOPS_Q5_1 || D == TOPS_Q4_K || D == TOPS_Q5_K;
@@ -83,38 +87,34 @@ template <int D> __host__ __device__ constexpr int code_offset() { return D == T
 __device__ inline uint32_t spread(uint32_t bits) { return ((bits & 15) * 0x00204081u) & 0x01010101u; }
 
 /* The codes of a block as bytes, four columns a word, columns in order; offset not taken out. */
-template <int D> __device__ inline void load_codes(const Matrix &w, int64_t block, uint32_t (&codes)[8]) {
-    const uint4 *at = reinterpret_cast<const uint4 *>(w.low);
-    if (D == TOPS_Q8_0) {
-        uint4 a = __ldg(at + 2 * block), b = __ldg(at + 2 * block + 1);
-        codes[0] = a.x; codes[1] = a.y; codes[2] = a.z; codes[3] = a.w;
-        codes[4] = b.x; codes[5] = b.y; codes[6] = b.z; codes[7] = b.w;
-        return;
-    }
-    uint4 raw = __ldg(at + block);
-    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+template <int D> __device__ inline void load_codes(const Matrix &w, int64_t row, int block, uint32_t (&codes)[8]) {
+    const unsigned char *slot = slot_of<D>(w, row, block);
+    const int lane = (int)(row % SLOT_ROWS) * 4, b = block % Slot<D>::BLOCKS;
+    auto word = [&](int quad, int i) { return __ldg(reinterpret_cast<const uint32_t *>(slot) + (i / 4 * 32 + lane + quad) * 4 + i % 4); };
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        codes[i] = words[i] & 0x0f0f0f0fu;
-        codes[i + 4] = words[i] >> 4 & 0x0f0f0f0fu;
-    }
-    if (code_bits(D) >= 5) {
-        uint32_t bits = __ldg(w.high + block);
+    for (int quad = 0; quad < 4; quad++) {
+        if (D == TOPS_Q8_0) {
+            codes[quad] = word(quad, 2 * b);
+            codes[quad + 4] = word(quad, 2 * b + 1);
+            continue;
+        }
+        const uint32_t both = word(quad, b);
+        codes[quad] = both & 0x0f0f0f0fu;
+        codes[quad + 4] = both >> 4 & 0x0f0f0f0fu;
 #pragma unroll
-        for (int i = 0; i < 8; i++) codes[i] |= spread(bits >> (4 * i)) << 4;
-    }
-    if (code_bits(D) == 6) {
-        uint32_t bits = __ldg(w.higher + block);
-#pragma unroll
-        for (int i = 0; i < 8; i++) codes[i] |= spread(bits >> (4 * i)) << 5;
+        for (int plane = 0; plane < Slot<D>::PLANES; plane++) {
+            const uint2 bits = __ldg(reinterpret_cast<const uint2 *>(slot + Slot<D>::HIGH) + plane * 32 + lane + quad);
+            codes[quad] |= spread(bits.x >> (4 * b)) << (4 + plane);
+            codes[quad + 4] |= spread(bits.y >> (4 * b)) << (4 + plane);
+        }
     }
 }
 
 /* A block of 32 columns as f32. */
-template <int D> __device__ inline void decode_block(const Matrix &w, int64_t block, float (&out)[32]) {
+template <int D> __device__ inline void decode_block(const Matrix &w, int64_t row, int block, float (&out)[32]) {
     uint32_t codes[8];
-    load_codes<D>(w, block, codes);
-    float2 first = affine<D>(w, block, 0), second = affine<D>(w, block, 1);
+    load_codes<D>(w, row, block, codes);
+    float2 first = affine<D>(w, row, block, 0), second = affine<D>(w, row, block, 1);
 #pragma unroll
     for (int c = 0; c < 32; c++) {
         int code = D == TOPS_Q8_0 ? (int)(int8_t)(codes[c / 4] >> (c % 4 * 8)) : (int)(codes[c / 4] >> (c % 4 * 8) & 255) - code_offset<D>();
@@ -126,10 +126,10 @@ template <int D> __device__ inline void decode_block(const Matrix &w, int64_t bl
 /* One value of a float format. */
 template <int D> __device__ inline float value_at(const Matrix &w, int64_t row, int64_t c) {
     int64_t at = row * w.cols + c;
-    if (D == TOPS_F32) return reinterpret_cast<const float *>(w.low)[at];
-    if (D == TOPS_F16) return __half2float(reinterpret_cast<const __half *>(w.low)[at]);
-    if (D == TOPS_BF16) return __bfloat162float(reinterpret_cast<const __nv_bfloat16 *>(w.low)[at]);
-    return fp8_to_float(w.low[at]) * (w.fp8_scales ? w.fp8_scales[row / 128 * ((w.cols + 127) / 128) + c / 128] : 1.0f);
+    if (D == TOPS_F32) return reinterpret_cast<const float *>(w.data)[at];
+    if (D == TOPS_F16) return __half2float(reinterpret_cast<const __half *>(w.data)[at]);
+    if (D == TOPS_BF16) return __bfloat162float(reinterpret_cast<const __nv_bfloat16 *>(w.data)[at]);
+    return fp8_to_float(w.data[at]) * (w.fp8_scales ? w.fp8_scales[row / 128 * ((w.cols + 127) / 128) + c / 128] : 1.0f);
 }
 #endif
 

@@ -93,7 +93,7 @@ template <int D, int R> struct FloatRows {
 #pragma unroll
         for (int r = 0; r < R; r++) {
             const Matrix &m = p.parts[R == 2 ? r : part];
-            weights[r] = reinterpret_cast<const uint4 *>(m.low) + row * chunks;
+            weights[r] = reinterpret_cast<const uint4 *>(m.data) + row * chunks;
             scales[r] = D == TOPS_FP8_E4M3 && m.fp8_scales ? m.fp8_scales + row / 128 * ((p.cols + 127) / 128) : nullptr;
         }
     }
@@ -207,9 +207,9 @@ template <int D, int T, int R, bool INTEGERS> __global__ void __launch_bounds__(
 #pragma unroll
         for (int r = 0; r < R; r++) {
             const Matrix &m = p.parts[R == 2 ? r : part];
-            load_codes<D>(m, local * blocks + b, next[r]);
-            next_first[r] = affine<D>(m, local * blocks + b, 0);
-            next_second[r] = D == TOPS_Q6_K ? affine<D>(m, local * blocks + b, 1) : next_first[r];
+            load_codes<D>(m, local, (int)b, next[r]);
+            next_first[r] = affine<D>(m, local, (int)b, 0);
+            next_second[r] = D == TOPS_Q6_K ? affine<D>(m, local, (int)b, 1) : next_first[r];
         }
     };
     if (R == 1 && row < rows) find_part(p, local, part);

@@ -38,19 +38,19 @@ constexpr bool LARGE = false;
 constexpr bool LARGE = true;
 #endif
 
-/* A stretch's slots lie in a row, line after line. Warps share them alike, each takes neighbours: of those that a warp has left, the next one is
- * `chunk` of `line`, and a line's are from..until - 1. */
+/* A stretch's slots lie in a row, line after line. Warps share them alike, each takes neighbours: `left` from slot `chunk` of its line on. A line has `length`
+ * slots of the stretch, which begin with slot `from` of the matrix' row. */
 struct alignas(16) Run {
-    int line, chunk, left;
-    uint16_t from, until;
+    int line, left;
+    uint16_t chunk, from, length;
 
-    /* Whether that was the last slot of its line */
-    __device__ bool next() {
-        left--;
-        if (++chunk < until) return false;
-        chunk = from;
+    /* How many of them are of the first line; the run goes on behind these */
+    __device__ int next_line() {
+        const int count = min(left, length - chunk);
+        left -= count;
+        chunk = 0;
         line++;
-        return true;
+        return count;
     }
 };
 /* The warp that takes a slot, where each takes `least` and the last `more` take one more: the first ones will have to write, too */
@@ -62,22 +62,22 @@ __device__ inline int warp_of(int least, int more, int slot) {
 /* What a block does: `block` counts those of this product. Most of it runs once in a kernel, and instructions that run once come from far away: a step stands
  * in one place, loops are not unrolled unless they go round often, and begin before there is anything to do for all of their body. */
 template <int D, int T> __device__ __forceinline__ void stream_rows(const Product &p, const Shape &s, int block) {
-    constexpr int STAGES = stages(LARGE), BYTES = Slot<D>::BYTES, SLOT = SLOT_INPUTS<D, T>, PART = T * STREAM_ROWS;
+    constexpr int STAGES = stages(LARGE), BYTES = Slot<D>::BYTES, SLOT = SLOT_INPUTS<D, T>, PART = T * SLOT_ROWS;
     extern __shared__ __align__(128) unsigned char memory[];
     launch_dependents();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pair = s.pair;
     const int first_tile = block * s.tiles + min(block, s.tiles_more), tiles = s.tiles + (block < s.tiles_more);
     if (!tiles) return wait_for_inputs();   /* keeps others out until then */
     const int lines_most = s.per_round << pair, sums = lines_most + WARPS - 1, stretches = s.rounds * s.phases;
-    unsigned char *ring = memory + warp * STAGES * BYTES, *inputs = memory + WARPS * STAGES * BYTES;
+    unsigned char *inputs = memory + WARPS * STAGES * BYTES;
     Run *runs = reinterpret_cast<Run *>(inputs + s.per_phase * SLOT);               /* [stretch][warp] */
     float *partial = reinterpret_cast<float *>(runs + stretches * WARPS);           /* [phase][line + warp, which no two warps share][t][8 rows] */
     int *places = reinterpret_cast<int *>(partial + s.phases * sums * PART);        /* [row of the block] in a row of the output, or -1 */
-    uchar2 *spans = reinterpret_cast<uchar2 *>(places + tiles * STREAM_ROWS);       /* [stretch][line]: first warp, and how many */
+    uchar2 *spans = reinterpret_cast<uchar2 *>(places + tiles * SLOT_ROWS);       /* [stretch][line]: first warp, and how many */
     auto part_of = [&](int tile) { return pair ? 0 : (tile >= s.part_tiles[1]) + (tile >= s.part_tiles[2]) + (tile >= s.part_tiles[3]); };
 #pragma unroll 1
-    for (int i = threadIdx.x; i < tiles * STREAM_ROWS; i += THREADS) {
-        const int tile = first_tile + i / STREAM_ROWS, part = part_of(tile), row = (tile - s.part_tiles[part]) * STREAM_ROWS + i % STREAM_ROWS;
+    for (int i = threadIdx.x; i < tiles * SLOT_ROWS; i += THREADS) {
+        const int tile = first_tile + i / SLOT_ROWS, part = part_of(tile), row = (tile - s.part_tiles[part]) * SLOT_ROWS + i % SLOT_ROWS;
         places[i] = row < (int)p.parts[part].rows ? (int)p.first_row[part] + row : -1;
     }
 #pragma unroll 1
@@ -86,7 +86,7 @@ template <int D, int T> __device__ __forceinline__ void stream_rows(const Produc
         const int lines = min(lines_most, (tiles << pair) - first_line), slots = lines * length, least = slots / WARPS, more = slots % WARPS;
         if (lane == 0) {
             const int begin = warp * least + max(warp - (WARPS - more), 0), line = divide(begin, length);
-            runs[stretch * WARPS + warp] = {first_line + line, from + begin - line * length, least + (warp >= WARPS - more), (uint16_t)from, (uint16_t)(from + length)};
+            runs[stretch * WARPS + warp] = {first_line + line, least + (warp >= WARPS - more), (uint16_t)(begin - line * length), (uint16_t)from, (uint16_t)length};
         }
 #pragma unroll 1
         for (int line = threadIdx.x; line < lines; line += THREADS) {
@@ -98,26 +98,27 @@ template <int D, int T> __device__ __forceinline__ void stream_rows(const Produc
     __syncwarp();
 
     /* The warp asks for its slots in order, STAGES ahead. */
-    int place = piece_place(lane / 8, lane % 8), asked_stretch = 0;
-    asm("" : "+r"(place));   /* kept, not worked out anew for every slot */
+    int own = lane * 16;   /* bytes: the lane's first piece in a slot */
+    asm("" : "+r"(own));   /* kept, not worked out anew for every slot; so are others below */
     Run asked = runs[warp];
-    bool fresh = true;       /* the next one is not behind the last one */
+    int asked_stretch = 0, asks = 0;   /* slots that follow the last one in memory */
     Source<D> source{};
     auto ask = [&](unsigned char *slot) {
-        while (fresh && !asked.left && ++asked_stretch < stretches) asked = runs[asked_stretch * WARPS + warp];
-        if (asked.left) {
-            if (fresh) {
+        if (asks == 0) {
+            while (!asked.left && ++asked_stretch < stretches) asked = runs[asked_stretch * WARPS + warp];
+            if (asked.left) {
                 const int tile = first_tile + (asked.line >> pair), part = part_of(tile);
-                source.begin(p.parts[pair ? asked.line & 1 : part], (tile - s.part_tiles[part]) * STREAM_ROWS, asked.chunk, lane);
+                source.begin(p.parts[pair ? asked.line & 1 : part], (tile - s.part_tiles[part]) * SLOT_ROWS, asked.from + asked.chunk, lane);
+                asks = asked.next_line();
             }
-            source.fetch(slot, place, asked.chunk, lane);
-            fresh = asked.next() || !asked.left;
         }
+        source.fetch(slot, own, asks > 0);
         copy_commit();
+        asks = max(asks - 1, 0);
     };
     /* Where output `index` of a round, [tile][t][8 rows], belongs, or -1; and what stands there, if it is to be added to */
     auto place_of = [&](int index, int round) {
-        const int t = index / STREAM_ROWS % T, tile = round * s.per_round + index / PART, place = tile < tiles ? places[tile * STREAM_ROWS + index % STREAM_ROWS] : -1;
+        const int t = index / SLOT_ROWS % T, tile = round * s.per_round + index / PART, place = tile < tiles ? places[tile * SLOT_ROWS + index % SLOT_ROWS] : -1;
         return place >= 0 && t < (int)p.n ? t * (int)p.out_cols + place : -1;
     };
     auto residual = [&](int at) {
@@ -125,32 +126,39 @@ template <int D, int T> __device__ __forceinline__ void stream_rows(const Produc
         return p.out_f32 ? __ldcg(static_cast<const float *>(p.out) + at) : __bfloat162float(__ldcg(static_cast<const bf16 *>(p.out) + at));
     };
     float before = 0;   /* of the thread's first output */
-    unsigned char *slot = ring;
+    [[maybe_unused]] Turns<FIXED<D, T> ? D : TOPS_Q8_0> turns;
+    int ring = warp * STAGES * BYTES, slot = ring;   /* bytes of `memory` */
+    asm("" : "+r"(ring));
     int round = 0, phase = 0;
-    Run run = {-1, 0, STAGES, 0, UINT16_MAX};   /* of no line: slots are asked for, and there is nothing to multiply yet */
+    Run run = {-1, STAGES, 0, 0, STAGES};   /* of no line: slots are asked for, and there is nothing to multiply yet */
 #pragma unroll 1
     for (int stretch = -1;;) {
         float *to = partial + (phase * sums - round * lines_most + warp) * PART, sum[SUMS<T>] = {};
 #pragma unroll 1
         while (run.left) {
             const int line = run.line;
-            if (line >= 0) {
-                const int c = run.chunk - run.from;
-                copy_wait<STAGES - 1>();
-                __syncwarp();
-                if constexpr (FIXED<D, T>) sum[0] += multiply_fixed<D>(slot, inputs + c * SLOT, run.chunk);
-                else multiply_slot<D, T>(sum, slot, inputs + c * SLOT, run.chunk);
-                __syncwarp();
+            const unsigned char *x = inputs + run.chunk * SLOT;
+#pragma unroll 1
+            for (int left = run.next_line(); left; left--) {
+                if (line >= 0) {
+                    copy_wait<STAGES - 1>();
+                    __syncwarp();
+                    if constexpr (FIXED<D, T>) multiply_fixed<D>(sum[0], turns, memory + slot, x, own);
+                    else multiply_slot<D, T>(sum, memory + slot, x);
+                    x += SLOT;
+                    __syncwarp();
+                }
+                ask(memory + slot);
+                slot += BYTES;
+                if (slot == ring + STAGES * BYTES) slot = ring;
+                asm("" : "+r"(slot));
             }
-            ask(slot);
-            slot = slot + BYTES == ring + STAGES * BYTES ? ring : slot + BYTES;
-            const bool ended = run.next();
-            if (line < 0 || (!ended && run.left)) continue;
+            if (line < 0) break;
 #pragma unroll
             for (int e = 0; e < (T == 1 ? 1 : SUMS<T>); e++) {
                 float value = T > 1 || FIXED<D, T> ? sum[e] : sum[0] + sum[SUMS<T> - 1];
                 if (FIXED<D, T>) value = quad_sum(value);
-                if (T > 1 || lane % 4 == 0) to[line * PART + (T == 1 ? 0 : lane / 4 + e / 2 * 8) * STREAM_ROWS + row_of<T>(e)] = value;
+                if (T > 1 || lane % 4 == 0) to[line * PART + (T == 1 ? 0 : lane / 4 + e / 2 * 8) * SLOT_ROWS + row_of<T>(e)] = value;
             }
 #pragma unroll
             for (int e = 0; e < SUMS<T>; e++) sum[e] = 0;
@@ -216,13 +224,13 @@ gemv_mixed(const __grid_constant__ Product p, const __grid_constant__ Shape s, c
 
 /* Bytes of shared memory for a product on at most so many blocks; 0: it has too many columns. */
 template <int D, int T> int plan(Shape &s, const tops_stream *stream, const Product &p, int blocks, bool alone) {
-    const int slot_inputs = SLOT_INPUTS<D, T>, ring = WARPS * stages(is_large(stream)) * Slot<D>::BYTES, part = T * STREAM_ROWS * 4;
+    const int slot_inputs = SLOT_INPUTS<D, T>, ring = WARPS * stages(is_large(stream)) * Slot<D>::BYTES, part = T * SLOT_ROWS * 4;
     s.pair = p.mode == GATE_UP;
     int tiles = 0;
     for (int i = 0; i < 4; i++) {
         const bool there = i < (s.pair ? 1 : p.count);
         s.part_tiles[i] = there ? tiles : INT_MAX;
-        if (there) tiles += (int)ceil_div(p.parts[i].rows, STREAM_ROWS);
+        if (there) tiles += (int)ceil_div(p.parts[i].rows, SLOT_ROWS);
     }
     s.blocks = alone ? blocks : min(blocks, tiles);
     s.tiles = tiles / s.blocks;
@@ -236,7 +244,7 @@ template <int D, int T> int plan(Shape &s, const tops_stream *stream, const Prod
     s.phases = (int)ceil_div(s.chunks, s.per_phase);
     s.per_round = lines >> s.pair;
     s.rounds = (int)ceil_div(most, s.per_round);
-    const int shared = ring + s.per_phase * slot_inputs + s.rounds * s.phases * (WARPS * (int)sizeof(Run) + lines * 2) + s.phases * (lines + WARPS - 1) * part + most * STREAM_ROWS * 4;
+    const int shared = ring + s.per_phase * slot_inputs + s.rounds * s.phases * (WARPS * (int)sizeof(Run) + lines * 2) + s.phases * (lines + WARPS - 1) * part + most * SLOT_ROWS * 4;
     if (s.chunks > UINT16_MAX || shared + (T == 1 ? STATIC_MOST : 1 << 10) > stream->shared_most) return 0;
     return alone ? max(shared, SHARED_ALONE) : shared;
 }
@@ -246,7 +254,7 @@ template <int D, int T> int run(tops_stream *stream, const Product &p, const Pro
     int blocks = stream->multiprocessors, shared = 1;
     if constexpr (D != TOPS_BF16)
         if (kept) {   /* two tiles for each of its blocks, and as many less for the others */
-            shared = plan<TOPS_BF16, T>(kept_shape, stream, *kept, max((int)ceil_div(kept->rows, 2 * STREAM_ROWS), 1), false);
+            shared = plan<TOPS_BF16, T>(kept_shape, stream, *kept, max((int)ceil_div(kept->rows, 2 * SLOT_ROWS), 1), false);
             blocks = max(blocks - kept_shape.blocks, 1);
         }
     const bool alone = T == 1 && !stream->alone && stream->shared_most > 200 << 10;

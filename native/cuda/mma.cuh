@@ -61,7 +61,11 @@ __device__ inline void load_b_rows(uint32_t (&right)[4], const __nv_bfloat16 *x,
 __device__ inline void copy_async(void *to, const void *from, bool there) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from), "r"(there ? 16 : 0) : "memory");
 }
-/* The same for 4 or 8 bytes */
+/* The same, or nothing at all */
+__device__ inline void copy_async_if(void *to, const void *from, bool there) {
+    asm volatile("{ .reg .pred p; setp.ne.s32 p, %2, 0; @p cp.async.cg.shared.global [%0], [%1], 16; }" :: "r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from), "r"((int)there) : "memory");
+}
+/* 4 or 8 bytes, or zeros */
 template <int BYTES> __device__ inline void copy_async_small(void *to, const void *from, bool there) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" :: "r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from), "n"(BYTES), "r"(there ? BYTES : 0) : "memory");
 }

@@ -1,12 +1,12 @@
-/* From rows as files hold them to planes (formats.cuh), and back to f32; rounding f32 to what files hold. */
+/* From rows as files hold them to slots (formats.cuh), and back to f32; rounding f32 to what files hold. */
 #include "formats.cuh"
 
 int64_t tops_packed_bytes(int32_t dtype, int64_t rows, int64_t cols) {
     if (!format_known(dtype) || rows < 0 || cols < 0) return -1;
     if (is_quantised(dtype) && cols % (is_super(dtype) ? 256 : 32)) return -1;
-    int64_t bytes[5];
-    plane_bytes(dtype, rows, cols, bytes);
-    return bytes[0] + bytes[1] + bytes[2] + bytes[3] + bytes[4];
+    int64_t bytes = rows * cols * value_bytes(dtype);
+    BY_QUANTISED(dtype, bytes = ceil_div(rows, SLOT_ROWS) * Slot<D>::across(cols) * Slot<D>::BYTES)
+    return ceil_div(bytes, 256) * 256;
 }
 
 __device__ inline uint16_t u16_at(const unsigned char *at) { return (uint16_t)(at[0] | at[1] << 8); }
@@ -21,61 +21,87 @@ __device__ inline void scale_min(const unsigned char *packed, int j, unsigned ch
     }
 }
 
-/* One thread for each block of 32 columns. */
-template <int D> __global__ void pack_blocks(Matrix w, const unsigned char *in, int64_t blocks) {
-    wait_for_inputs();
-    int64_t block = blockIdx.x * (int64_t)blockDim.x + threadIdx.x;
-    if (block >= blocks) return;
+/* A block of 32 columns as files hold it: its codes, and what slots have of its scales */
+struct FileBlock {
     unsigned char codes[32];
+    uint32_t scale, super;
+};
+template <int D> __device__ inline FileBlock file_block(const unsigned char *in, int64_t block) {
+    FileBlock to;
     if (!is_super(D)) {
-        constexpr int size = D == TOPS_Q4_0 ? 18 : D == TOPS_Q4_1 ? 20 : D == TOPS_Q5_0 ? 22 : D == TOPS_Q5_1 ? 24 : 34;
+        constexpr int words = scale_bytes(D) / 2, size = 2 * words + 4 * code_bits(D);
         const unsigned char *at = in + block * size;
-        uint16_t *scales = static_cast<uint16_t *>(const_cast<void *>(w.scales));
-        constexpr int words = scale_bytes(D) / 2;
-        for (int i = 0; i < words; i++) scales[words * block + i] = u16_at(at + 2 * i);
+        to.scale = u16_at(at) | (words == 2 ? (uint32_t)u16_at(at + 2) << 16 : 0);
+        to.super = 0;
         at += 2 * words;
         uint32_t high = 0;
         if (code_bits(D) == 5) {
             high = (uint32_t)u16_at(at) | (uint32_t)u16_at(at + 2) << 16;
             at += 4;
         }
-        for (int c = 0; c < 32; c++) codes[c] = D == TOPS_Q8_0 ? at[c] : (unsigned char)((at[c % 16] >> (c / 16 * 4) & 15) | (high >> c & 1) << 4);
+        for (int c = 0; c < 32; c++) to.codes[c] = D == TOPS_Q8_0 ? at[c] : (unsigned char)((at[c % 16] >> (c / 16 * 4) & 15) | (high >> c & 1) << 4);
+        return to;
+    }
+    constexpr int size = D == TOPS_Q4_K ? 144 : D == TOPS_Q5_K ? 176 : 210;
+    const unsigned char *at = in + block / 8 * size;
+    int s = (int)(block % 8);
+    if (D == TOPS_Q6_K) {
+        to.super = u16_at(at + 208);
+        to.scale = u16_at(at + 192 + 2 * s);
     } else {
-        constexpr int size = D == TOPS_Q4_K ? 144 : D == TOPS_Q5_K ? 176 : 210;
-        const unsigned char *at = in + block / 8 * size;
-        int s = (int)(block % 8);
-        unsigned char *scales = static_cast<unsigned char *>(const_cast<void *>(w.scales)) + 2 * block;
-        uint16_t *supers = static_cast<uint16_t *>(const_cast<void *>(w.supers));
-        if (D == TOPS_Q6_K) {
-            supers[block / 8] = u16_at(at + 208);
-            scales[0] = at[192 + 2 * s];
-            scales[1] = at[192 + 2 * s + 1];
-        } else {
-            supers[block / 8 * 2] = u16_at(at);
-            supers[block / 8 * 2 + 1] = u16_at(at + 2);
-            scale_min(at + 4, s, scales[0], scales[1]);
-        }
-        for (int c = 0; c < 32; c++) {
-            if (D == TOPS_Q6_K)
-                codes[c] = (unsigned char)((at[s / 4 * 64 + s % 2 * 32 + c] >> (s % 4 / 2 * 4) & 15) | (at[128 + s / 4 * 32 + c] >> (s % 4 * 2) & 3) << 4);
-            else
-                codes[c] = (unsigned char)((at[(D == TOPS_Q5_K ? 48 : 16) + s / 2 * 32 + c] >> (s % 2 * 4) & 15)
-                                           | (D == TOPS_Q5_K ? (at[16 + c] >> s & 1) << 4 : 0));
-        }
+        unsigned char scale, minimum;
+        scale_min(at + 4, s, scale, minimum);
+        to.super = u16_at(at) | (uint32_t)u16_at(at + 2) << 16;
+        to.scale = scale | (uint32_t)minimum << 8;
     }
-    unsigned char *low = const_cast<unsigned char *>(w.low);
-    if (D == TOPS_Q8_0) {
-        for (int c = 0; c < 32; c++) low[32 * block + c] = codes[c];
-        return;
-    }
-    uint32_t high = 0, higher = 0;
     for (int c = 0; c < 32; c++) {
-        high |= (uint32_t)(codes[c] >> 4 & 1) << c;
-        higher |= (uint32_t)(codes[c] >> 5 & 1) << c;
+        if (D == TOPS_Q6_K)
+            to.codes[c] = (unsigned char)((at[s / 4 * 64 + s % 2 * 32 + c] >> (s % 4 / 2 * 4) & 15) | (at[128 + s / 4 * 32 + c] >> (s % 4 * 2) & 3) << 4);
+        else
+            to.codes[c] = (unsigned char)((at[(D == TOPS_Q5_K ? 48 : 16) + s / 2 * 32 + c] >> (s % 2 * 4) & 15)
+                                          | (D == TOPS_Q5_K ? (at[16 + c] >> s & 1) << 4 : 0));
     }
-    for (int j = 0; j < 16; j++) low[16 * block + j] = (unsigned char)((codes[j] & 15) | (codes[j + 16] & 15) << 4);
-    if (code_bits(D) >= 5) const_cast<uint32_t *>(w.high)[block] = high;
-    if (code_bits(D) == 6) const_cast<uint32_t *>(w.higher)[block] = higher;
+    return to;
+}
+
+/* A thread for each block of 32 columns, those of padding included; those of a row of a slot stand together, for bits that share a word. */
+template <int D> __global__ void pack_blocks(unsigned char *out, const unsigned char *in, int64_t rows, int64_t cols, int64_t blocks) {
+    typedef Slot<D> S;
+    wait_for_inputs();
+    const int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x, slot = i / (S::BLOCKS * SLOT_ROWS);
+    const int r = (int)(i / S::BLOCKS % SLOT_ROWS), b = (int)(i % S::BLOCKS);
+    const int64_t row = slot / S::across(cols) * SLOT_ROWS + r, column = (slot % S::across(cols) * S::BLOCKS + b) * 32;
+    FileBlock block{};
+    if (row < rows && column < cols) block = file_block<D>(in, (row * cols + column) / 32);
+    unsigned char *const to = out + slot * S::BYTES;
+    const bool writes = i < blocks;
+    for (int quad = 0; quad < 4; quad++) {
+        uint32_t words[2] = {}, bits[2][2] = {};   /* [plane][half] */
+        for (int k = 0; k < 4; k++)
+            for (int half = 0; half < 2; half++) {
+                const uint32_t code = block.codes[16 * half + 4 * quad + k];
+                if (D == TOPS_Q8_0) words[half] |= code << (8 * k);
+                else words[0] |= (code & 15) << (8 * k + 4 * half);
+                for (int plane = 0; plane < 2; plane++) bits[plane][half] |= (code >> (4 + plane) & 1) << (4 * b + k);
+            }
+        for (int i = 0; i < (D == TOPS_Q8_0 ? 2 : 1); i++) {
+            const int word = D == TOPS_Q8_0 ? 2 * b + i : b;
+            if (writes) reinterpret_cast<uint32_t *>(to)[(word / 4 * 32 + 4 * r + quad) * 4 + word % 4] = words[i];
+        }
+        for (int plane = 0; plane < S::PLANES; plane++)
+            for (int half = 0; half < 2; half++) {
+                uint32_t all = bits[plane][half];
+                for (int step = 1; step < S::BLOCKS; step *= 2) all |= __shfl_xor_sync(0xffffffff, all, step);
+                if (writes && b == 0) reinterpret_cast<uint32_t *>(to + S::HIGH)[(plane * 32 + 4 * r + quad) * 2 + half] = all;
+            }
+    }
+    if (!writes) return;
+    const int at = r * S::BLOCKS + S::place(b);
+    if (scale_bytes(D) == 4) reinterpret_cast<uint32_t *>(to + S::SCALES)[at] = block.scale;
+    else reinterpret_cast<uint16_t *>(to + S::SCALES)[at] = (uint16_t)block.scale;
+    if (b || !is_super(D)) return;
+    if (D == TOPS_Q6_K) reinterpret_cast<uint16_t *>(to + S::SUPERS)[r] = (uint16_t)block.super;
+    else reinterpret_cast<uint32_t *>(to + S::SUPERS)[r] = block.super;
 }
 
 int tops_pack(tops_stream *stream, void *out, const void *in, int32_t dtype, int64_t rows, int64_t cols) {
@@ -86,21 +112,21 @@ int tops_pack(tops_stream *stream, void *out, const void *in, int32_t dtype, int
         CUDA(cudaMemcpyAsync(out, in, (size_t)(rows * cols * value_bytes(dtype)), cudaMemcpyDeviceToDevice, stream->cuda));
         return TOPS_OK;
     }
-    int64_t blocks = rows * cols / 32;
-    Matrix w = matrix_at(out, nullptr, dtype, rows, cols);
     int status = TOPS_OK;
-    BY_QUANTISED(dtype, status = launch(stream, pack_blocks<D>, dim3((unsigned)ceil_div(blocks, 128)), dim3(128), 0, 1, w, static_cast<const unsigned char *>(in), blocks));
+    BY_QUANTISED(dtype, const int64_t blocks = ceil_div(rows, SLOT_ROWS) * SLOT_ROWS * Slot<D>::across(cols) * Slot<D>::BLOCKS;
+                 status = launch(stream, pack_blocks<D>, dim3((unsigned)ceil_div(blocks, 128)), dim3(128), 0, 1, static_cast<unsigned char *>(out),
+                                 static_cast<const unsigned char *>(in), rows, cols, blocks))
     return status;
 }
 
 int32_t tops_reads_in_place(int32_t, int64_t) { return 0; }   /* a file is in the host's memory */
 
-template <int D> __global__ void unpack_quantised(float *out, Matrix w, int64_t first_block, int64_t blocks) {
+template <int D> __global__ void unpack_quantised(float *out, Matrix w, int64_t first, int64_t blocks) {
     wait_for_inputs();
-    int64_t block = blockIdx.x * (int64_t)blockDim.x + threadIdx.x;
+    int64_t block = blockIdx.x * (int64_t)blockDim.x + threadIdx.x, across = w.cols / 32;
     if (block >= blocks) return;
     float values[32];
-    decode_block<D>(w, first_block + block, values);
+    decode_block<D>(w, first + block / across, (int)(block % across), values);
     for (int c = 0; c < 32; c++) out[32 * block + c] = values[c];
 }
 template <int D> __global__ void unpack_floats(float *out, Matrix w, int64_t first, int64_t count) {
@@ -117,7 +143,7 @@ int tops_unpack_rows(tops_stream *stream, float *out, const tops_weight *w, int6
     Matrix m = matrix_of(w);
     int status = TOPS_OK;
     if (is_quantised(w->dtype)) {
-        BY_QUANTISED(w->dtype, status = launch(stream, unpack_quantised<D>, dim3((unsigned)ceil_div(values / 32, 128)), dim3(128), 0, 1, out, m, first * w->cols / 32, values / 32))
+        BY_QUANTISED(w->dtype, status = launch(stream, unpack_quantised<D>, dim3((unsigned)ceil_div(values / 32, 128)), dim3(128), 0, 1, out, m, first, values / 32))
     } else {
         BY_FLOAT(w->dtype, status = launch(stream, unpack_floats<D>, dim3((unsigned)ceil_div(values, 256)), dim3(256), 0, 1, out, m, first, count))
     }

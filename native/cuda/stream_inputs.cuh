@@ -83,7 +83,8 @@ template <int D> __device__ inline void put_one(unsigned char *inputs, int c, ui
             words[2 * TILES] = high.y;
             words[8 * TILES] = low.x;
             words[10 * TILES] = low.y;
-            if (column % SUM_COLUMNS<D> == 0) reinterpret_cast<Block *>(to + Slot<D>::VALUES * 2)[column / SUM_COLUMNS<D>] = block_of<D>(step, sum);
+            if (column % SUM_COLUMNS<D> == 0)
+                reinterpret_cast<Block *>(to + Slot<D>::VALUES * 2)[Slot<D>::place(block) * (32 / SUM_COLUMNS<D>) + column % 32 / SUM_COLUMNS<D>] = block_of<D>(step, sum);
         }
     }
 }

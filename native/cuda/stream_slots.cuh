@@ -48,48 +48,38 @@ __device__ inline uint32_t fp8_codes(uint32_t word) {
     return *reinterpret_cast<uint32_t *>(&value);
 }
 
-/* Scale and minimum of a block of a row of the slot, of its second half where that has its own. */
-template <int D> __device__ inline float2 slot_affine(const unsigned char *slot, int row, int block, int half, int chunk) {
-    const unsigned char *scales = slot + Slot<D>::SCALES + row * Slot<D>::SCALE_ROW, *supers = slot + Slot<D>::SUPERS + row * 4;
-    if (D == TOPS_Q4_0 || D == TOPS_Q5_0 || D == TOPS_Q8_0) return make_float2(__half2float(reinterpret_cast<const __half *>(scales)[block]), 0.0f);
-    if (D == TOPS_Q4_1 || D == TOPS_Q5_1) return __half22float2(reinterpret_cast<const __half2 *>(scales)[block]);
-    if (D == TOPS_Q6_K) {
-        const char2 sc = reinterpret_cast<const char2 *>(scales)[block];
-        return make_float2(__half2float(reinterpret_cast<const __half *>(supers)[chunk % 2]) * (float)(half ? sc.y : sc.x), 0.0f);
-    }
-    const uchar2 sc = reinterpret_cast<const uchar2 *>(scales)[block];
-    const float2 d = __half22float2(*reinterpret_cast<const __half2 *>(supers));
-    return make_float2(d.x * (float)sc.x, -(d.y * (float)sc.y));
-}
+/* A lane's codes of its row of a slot (formats.cuh) */
+template <int D> struct Codes {
+    uint32_t words[8];
+    uint2 high[Slot<D>::PLANES > 0 ? Slot<D>::PLANES : 1];
 
-/* A lane's codes of a block of its row as bf16: columns 4 (lane % 4) + {0, 2}, {1, 3} of both halves of the block */
-template <int D, int OFFSET> __device__ inline void block_codes(uint32_t (&w)[4], const unsigned char *slot, int block) {
-    const int lane = threadIdx.x % 32, row = lane / 4, quad = lane % 4;
-    if constexpr (D == TOPS_Q8_0) {
+    __device__ Codes(const unsigned char *slot, int own) {   /* own: 16 lane */
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const uint32_t word = reinterpret_cast<const uint32_t *>(slot + piece_place(row, 2 * block + half))[quad];
-            w[2 * half] = signed_codes(word);
-            w[2 * half + 1] = signed_codes(word >> 8);
+        for (int i = 0; i < 2; i++) {
+            const uint4 v = *reinterpret_cast<const uint4 *>(slot + own + i * 512);
+            words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
         }
-    } else {
-        const uint32_t word = reinterpret_cast<const uint32_t *>(slot + piece_place(row, block))[quad];
-        if constexpr (Slot<D>::HIGH_PLANES == 0) {
 #pragma unroll
-            for (int i = 0; i < 4; i++) w[i] = small_codes(word >> (i % 2 * 8 + i / 2 * 4), 0x000f000fu, OFFSET);
-        } else {
-            uint32_t bytes[2] = {word & 0x0f0f0f0fu, word >> 4 & 0x0f0f0f0fu};
+        for (int plane = 0; plane < Slot<D>::PLANES; plane++) high[plane] = *reinterpret_cast<const uint2 *>(slot + Slot<D>::HIGH + plane * 256 + own / 2);
+    }
+    /* Columns 16 half + 4 (lane % 4) .. + 3 of a block as bytes */
+    __device__ uint32_t bytes(int block, int half) const {
+        if (D == TOPS_Q8_0) return words[2 * block + half];
+        uint32_t v = words[block] >> (4 * half) & 0x0f0f0f0fu;
 #pragma unroll
-            for (int plane = 0; plane < Slot<D>::HIGH_PLANES; plane++) {
-                const uint32_t bits = reinterpret_cast<const uint32_t *>(slot + Slot<D>::HIGH)[plane * 64 + row * 8 + block];
+        for (int plane = 0; plane < Slot<D>::PLANES; plane++) v |= spread((half ? high[plane].y : high[plane].x) >> (4 * block)) << (4 + plane);
+        return v;
+    }
+    /* The same as bf16, less the codes' offset: columns 0 and 2, 1 and 3 of both halves */
+    __device__ void numbers(uint32_t (&to)[4], int block) const {
 #pragma unroll
-                for (int half = 0; half < 2; half++) bytes[half] |= spread(bits >> (16 * half + 4 * quad)) << (4 + plane);
-            }
-#pragma unroll
-            for (int i = 0; i < 4; i++) w[i] = small_codes(bytes[i / 2] >> (i % 2 * 8), 0x00ff00ffu, OFFSET);
+        for (int i = 0; i < 4; i++) {
+            if (D == TOPS_Q8_0) to[i] = signed_codes(bytes(block, i / 2) >> (i % 2 * 8));
+            else if (Slot<D>::PLANES == 0) to[i] = small_codes(words[block] >> (i % 2 * 8 + i / 2 * 4), 0x000f000fu, code_offset<D>());
+            else to[i] = small_codes(bytes(block, i / 2) >> (i % 2 * 8), 0x00ff00ffu, code_offset<D>());
         }
     }
-}
+};
 
 /* e4m3 in the lower two bytes as a pair of f16 */
 __device__ inline uint32_t fp8_pair(uint32_t bytes) {
@@ -97,90 +87,90 @@ __device__ inline uint32_t fp8_pair(uint32_t bytes) {
     return pair.x | (uint32_t)pair.y << 16;
 }
 
-/* A slot times the only token's integers: a lane returns a part of its row's sum, that over two blocks of columns (one of Q8_0).
+/* Right operands of the only token's integers, of which a lane gives those of one in two blocks: the others stay zeros throughout. */
+template <int D> struct Turns {
+    uint32_t x[2][Slot<D>::OWN * 2] = {};
+
+    __device__ void load(const unsigned char *inputs, int own) {
+        const uint32_t from = (uint32_t)__cvta_generic_to_shared(inputs + own / (16 / (int)sizeof x[0]));
+        load(x[0], from, own & 128);
+        load(x[1], from, ~own & 128);
+    }
+    /* Where `other` is 0. A choice between values would take more instructions. */
+    __device__ static void load(uint32_t (&to)[4], uint32_t from, int other) {
+        asm volatile("{ .reg .pred p; setp.eq.s32 p, %5, 0; @p ld.shared.v4.u32 {%0,%1,%2,%3}, [%4]; }"
+                     : "+r"(to[0]), "+r"(to[1]), "+r"(to[2]), "+r"(to[3]) : "r"(from), "r"(other));
+    }
+    __device__ static void load(uint32_t (&to)[2], uint32_t from, int other) {
+        asm volatile("{ .reg .pred p; setp.eq.s32 p, %3, 0; @p ld.shared.v2.u32 {%0,%1}, [%2]; }" : "+r"(to[0]), "+r"(to[1]) : "r"(from), "r"(other));
+    }
+};
+
+/* A slot times the only token's integers: a lane adds a part of its row's sum, that over two blocks of columns (one of Q8_0).
  *
  * A product has a block b of the 8 rows as its upper rows, and one half a slot further as its lower ones; its right operand has columns for both
- * blocks' x, two each: the high and the low bytes, and zeros for others, which later products have their turn with. So sums of four blocks meet in one
+ * blocks' x, two each: the high and the low bytes, and zeros for others, which the next product has its turn with. So sums of four blocks meet in one
  * accumulator, of which the upper rows count in columns 0..3, the lower ones in 4..7: a lane has the high and the low sum of its row and one block. */
-template <int D> __device__ inline float multiply_fixed(const unsigned char *slot, const unsigned char *inputs, int chunk) {
+template <int D> __device__ inline void multiply_fixed(float &sum, Turns<D> &turns, const unsigned char *slot, const unsigned char *inputs, int own) {
     typedef Slot<D> S;
-    const int lane = threadIdx.x % 32, row = lane / 4, quad = lane % 4;
     constexpr int HALVES = D == TOPS_Q6_K ? 2 : 1;   /* of a block that have scales of their own */
-    constexpr int TILES = S::BLOCKS / 4;             /* accumulators: each has blocks 2 i, 2 i + 1 and those half a slot further */
-    const uint32_t *right = reinterpret_cast<const uint32_t *>(inputs) + lane * 2 * TILES;
-    uint32_t x[TILES][2];
-    if constexpr (TILES == 2) {
-        const uint4 v = *reinterpret_cast<const uint4 *>(right);
-        x[0][0] = v.x, x[0][1] = v.y, x[1][0] = v.z, x[1][1] = v.w;
-    } else {
-        const uint2 v = *reinterpret_cast<const uint2 *>(right);
-        x[0][0] = v.x, x[0][1] = v.y;
-    }
-    const unsigned char *codes = slot + 4 * quad;
-    const bool turn = row / 2 % 2;   /* the lane's column is of the second of two blocks */
-    const int own = quad % 2 + quad / 2 * (S::BLOCKS / 2);   /* the lane's block of the first accumulator */
+    constexpr int TILES = S::OWN;                    /* accumulators: each has blocks 2 i, 2 i + 1 and those half a slot further */
+    const int quad16 = own & 48;
     /* Everything is requested, then turned into operands, then multiplied: steps take long, and next to each other they wait together. */
-    uint32_t words[S::BLOCKS][D == TOPS_Q8_0 ? 2 : 1];
+    const Codes<D> codes(slot, own);
+    turns.load(inputs, own);
+    const unsigned char *scales = slot + S::SCALES + own / 16 * (TILES * scale_bytes(D));
+    uint32_t scale[2], super = super_at<D>(slot, own / 64);
+    if constexpr (TILES == 1) {
+        scale[0] = *reinterpret_cast<const uint16_t *>(scales);
+    } else if constexpr (scale_bytes(D) == 4) {
+        const uint2 v = *reinterpret_cast<const uint2 *>(scales);
+        scale[0] = v.x, scale[1] = v.y;
+    } else {
+        scale[0] = *reinterpret_cast<const uint32_t *>(scales);
+        scale[1] = scale[0] >> 16;
+    }
+    int4 blocks[HALVES];   /* of the lane: two Blocks each */
 #pragma unroll
-    for (int b = 0; b < S::BLOCKS; b++)
-#pragma unroll
-        for (int i = 0; i < (D == TOPS_Q8_0 ? 2 : 1); i++) words[b][i] = *reinterpret_cast<const uint32_t *>(codes + piece_place(row, D == TOPS_Q8_0 ? 2 * b + i : b));
-    Block block[TILES][HALVES];
-    float2 by[TILES][HALVES];
-    int sums[TILES][HALVES][4] = {};
-#pragma unroll
-    for (int tile = 0; tile < TILES; tile++)
-#pragma unroll
-        for (int half = 0; half < HALVES; half++) {
-            const int2 v = reinterpret_cast<const int2 *>(inputs + S::VALUES * 2)[(own + 2 * tile) * HALVES + half];
-            block[tile][half] = {__int_as_float(v.x), v.y};
-            if (!HAS_MINIMUM<D>) sums[tile][half][1] = sums[tile][half][3] = v.y;   /* the codes' offset, in the low bytes' columns */
-            by[tile][half] = slot_affine<D>(slot, row, own + 2 * tile, half, chunk);
+    for (int i = 0; i < HALVES; i++) {
+        if constexpr (TILES == 1) {
+            const int2 v = *reinterpret_cast<const int2 *>(inputs + S::VALUES * 2 + quad16 / 2);
+            blocks[i] = make_int4(v.x, v.y, 0, 0);
+        } else {
+            blocks[i] = *reinterpret_cast<const int4 *>(inputs + S::VALUES * 2 + quad16 * HALVES + i * 16);
         }
+    }
+    int sums[TILES][HALVES][4] = {};
 #pragma unroll
     for (int i = 0; i < 2; i++)
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
-            uint32_t a[4];   /* columns 4 quad .. + 3 of the upper block and of the lower, then those 16 further */
-#pragma unroll
-            for (int lower = 0; lower < 2; lower++) {
-                const int b = 2 * tile + i + lower * (S::BLOCKS / 2);
-                if constexpr (D == TOPS_Q8_0) {
-                    a[lower] = words[b][0];
-                    a[lower + 2] = words[b][1];
-                } else {
-                    a[lower] = words[b][0] & 0x0f0f0f0fu;
-                    a[lower + 2] = words[b][0] >> 4 & 0x0f0f0f0fu;
-#pragma unroll
-                    for (int plane = 0; plane < S::HIGH_PLANES; plane++) {
-                        const uint32_t bits = reinterpret_cast<const uint32_t *>(slot + S::HIGH)[plane * 64 + row * 8 + b];
-                        a[lower] |= spread(bits >> (4 * quad)) << (4 + plane);
-                        a[lower + 2] |= spread(bits >> (4 * quad + 16)) << (4 + plane);
-                    }
-                }
-            }
-            const uint32_t b0 = turn == i ? x[tile][0] : 0, b1 = turn == i ? x[tile][1] : 0;
+            const int upper = 2 * tile + i, lower = upper + S::BLOCKS / 2;
+            const uint32_t b0 = turns.x[i][2 * tile], b1 = turns.x[i][2 * tile + 1];
             if constexpr (HALVES == 2) {
-                mma_bytes(sums[tile][0], a[0], a[1], b0);
-                mma_bytes(sums[tile][HALVES - 1], a[2], a[3], b1);
+                mma_bytes(sums[tile][0], codes.bytes(upper, 0), codes.bytes(lower, 0), b0);
+                mma_bytes(sums[tile][HALVES - 1], codes.bytes(upper, 1), codes.bytes(lower, 1), b1);
             } else {
-                mma_bytes<D == TOPS_Q8_0>(sums[tile][0], a[0], a[1], a[2], a[3], b0, b1);
+                mma_bytes<D == TOPS_Q8_0>(sums[tile][0], codes.bytes(upper, 0), codes.bytes(lower, 0), codes.bytes(upper, 1), codes.bytes(lower, 1), b0, b1);
             }
         }
-    float sum = 0;
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
         for (int half = 0; half < HALVES; half++) {
-            const int *of = sums[tile][half], whole = quad < 2 ? of[0] * 256 + of[1] : of[2] * 256 + of[3];
-            sum = fmaf(by[tile][half].x, block[tile][half].step * (float)whole, sum);
-            if (HAS_MINIMUM<D>) sum = fmaf(by[tile][half].y, __int_as_float(block[tile][half].sum), sum);
+            const int *of = sums[tile][half];
+            const int4 two = blocks[HALVES == 2 ? tile : 0];
+            const bool second = HALVES == 2 ? half : tile;
+            const float step = __int_as_float(second ? two.z : two.x);
+            const int more = second ? two.w : two.y, whole = (quad16 < 32 ? of[0] * 256 + of[1] : of[2] * 256 + of[3]) + (HAS_MINIMUM<D> ? 0 : more);
+            const float2 by = affine_of<D>(scale[tile], super, half);
+            sum = fmaf(by.x, step * (float)whole, sum);
+            if (HAS_MINIMUM<D>) sum = fmaf(by.y, __int_as_float(more), sum);
         }
-    return sum;
 }
 
 /* A slot times the inputs, which begin with the slot's first unit. */
-template <int D, int T> __device__ inline void multiply_slot(float (&sum)[SUMS<T>], const unsigned char *slot, const unsigned char *inputs, int chunk) {
+template <int D, int T> __device__ inline void multiply_slot(float (&sum)[SUMS<T>], const unsigned char *slot, const unsigned char *inputs) {
     const int lane = threadIdx.x % 32, row = lane / 4, quad = lane % 4;
     if constexpr (D == TOPS_BF16) {
 #pragma unroll
@@ -212,11 +202,12 @@ template <int D, int T> __device__ inline void multiply_slot(float (&sum)[SUMS<T
         for (int e = 0; e < SUMS<T>; e++) sum[e] += scales[row_of<T>(e)] * step * part[e];
     } else {
         constexpr bool HALVES = D == TOPS_Q6_K;
+        const Codes<D> codes(slot, lane * 16);
 #pragma unroll
         for (int block = 0; block < Slot<D>::BLOCKS; block++) {
             float part[SUMS<T>] = {}, upper[SUMS<T>] = {}, whole[SUMS<T>] = {};
             uint32_t w[4];
-            block_codes<D, code_offset<D>()>(w, slot, block);
+            codes.numbers(w, block);
             const unsigned char *unit = inputs + block * UNIT<T>;
             const uint32_t first[4] = {w[0], w[1], HALVES ? 0 : w[2], HALVES ? 0 : w[3]}, second[4] = {0, 0, w[2], w[3]};
             const uint32_t all[4] = {0x3f803f80u, 0x3f803f80u, 0x3f803f80u, 0x3f803f80u};   /* ones */
@@ -225,9 +216,10 @@ template <int D, int T> __device__ inline void multiply_slot(float (&sum)[SUMS<T
             if (HAS_MINIMUM<D>) multiply<T>(whole, unit, all);
 #pragma unroll
             for (int e = 0; e < SUMS<T>; e++) {
-                const float2 by = slot_affine<D>(slot, row_of<T>(e), block, 0, chunk);
+                const uint32_t scale = scale_at<D>(slot, row_of<T>(e), block), super = super_at<D>(slot, row_of<T>(e));
+                const float2 by = affine_of<D>(scale, super, 0);
                 sum[e] += by.x * part[e];
-                if (HALVES) sum[e] += slot_affine<D>(slot, row_of<T>(e), block, 1, chunk).x * upper[e];
+                if (HALVES) sum[e] += affine_of<D>(scale, super, 1).x * upper[e];
                 if (HAS_MINIMUM<D>) sum[e] += by.y * whole[e];
             }
         }

@@ -31,10 +31,10 @@ __global__ void prepare_rows(__nv_bfloat16 *bf16, float *f32, int8_t *q8, float2
 template <int D> __global__ void decode_rows(__nv_bfloat16 *out, Matrix w, int64_t blocks) {
     launch_dependents();
     wait_for_inputs();
-    int64_t block = blockIdx.x * (int64_t)blockDim.x + threadIdx.x;
+    const int64_t block = blockIdx.x * (int64_t)blockDim.x + threadIdx.x, across = w.cols / 32;
     if (block >= blocks) return;
     float values[32];
-    decode_block<D>(w, block, values);
+    decode_block<D>(w, block / across, (int)(block % across), values);
     uint4 packed[4];
     __nv_bfloat162 *pairs = reinterpret_cast<__nv_bfloat162 *>(packed);
 #pragma unroll
@@ -53,23 +53,17 @@ template <int D> __global__ void convert_rows(__nv_bfloat16 *out, Matrix w, int6
 static int as_bf16(tops_stream *stream, const __nv_bfloat16 **out, const tops_weight *w, int64_t first, int64_t rows, __nv_bfloat16 *scratch) {
     Matrix m = matrix_of(w);
     if (w->dtype == TOPS_BF16) {
-        *out = reinterpret_cast<const __nv_bfloat16 *>(m.low) + first * w->cols;
+        *out = reinterpret_cast<const __nv_bfloat16 *>(m.data) + first * w->cols;
         return TOPS_OK;
     }
     *out = scratch;
     int status = TOPS_OK;
     int64_t values = rows * w->cols, skipped = first * w->cols;
     if (is_quantised(w->dtype)) {
-        /* Planes begin at the first row that is wanted: `first` is a multiple of 256 rows. */
-        int bits = code_bits(w->dtype);
-        m.low += skipped * (bits == 8 ? 8 : 4) / 8;
-        m.high += skipped / 32;
-        m.higher += skipped / 32;
-        m.scales = static_cast<const char *>(m.scales) + skipped / 32 * scale_bytes(w->dtype);
-        m.supers = static_cast<const char *>(m.supers) + skipped / 256 * super_scale_bytes(w->dtype);
-        BY_QUANTISED(w->dtype, status = launch(stream, decode_rows<D>, dim3((unsigned)ceil_div(values / 32, 256)), dim3(256), 0, 1, scratch, m, values / 32))
+        BY_QUANTISED(w->dtype, m.data += first / SLOT_ROWS * Slot<D>::across(w->cols) * Slot<D>::BYTES;   /* `first` is a multiple of 256 rows */
+                     status = launch(stream, decode_rows<D>, dim3((unsigned)ceil_div(values / 32, 256)), dim3(256), 0, 1, scratch, m, values / 32))
     } else {
-        m.low += skipped * value_bytes(w->dtype);
+        m.data += skipped * value_bytes(w->dtype);
         if (m.fp8_scales) m.fp8_scales += first / 128 * ceil_div(w->cols, 128);
         BY_FLOAT(w->dtype, status = launch(stream, convert_rows<D>, dim3((unsigned)min(ceil_div(values, 256), (int64_t)8192)), dim3(256), 0, 1, scratch, m, values))
     }

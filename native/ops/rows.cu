@@ -10,10 +10,10 @@ template <int D, typename T> __global__ void embed_rows(T *out, Matrix w, const 
         for (int64_t c = threadIdx.x; c < w.cols; c += blockDim.x) to[c] = from_float<T>(0.0f);
         return;
     }
-    if (is_quantised(D)) {
+    if constexpr (is_quantised(D)) {
         for (int64_t b = threadIdx.x; b < w.cols / 32; b += blockDim.x) {
             float values[32];
-            decode_block<D>(w, id * w.cols / 32 + b, values);
+            decode_block<D>(w, id, (int)b, values);
             for (int c = 0; c < 32; c++) to[32 * b + c] = from_float<T>(values[c]);
         }
     } else {
