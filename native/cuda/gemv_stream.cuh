@@ -98,8 +98,8 @@ template <int D, int T> __device__ __forceinline__ void stream_rows(const Produc
     __syncwarp();
 
     /* The warp asks for its slots in order, STAGES ahead. */
-    int own = lane * 16;   /* bytes: the lane's first piece in a slot */
-    asm("" : "+r"(own));   /* kept, not worked out anew for every slot; so are others below */
+    int own = own_place<D>(lane), own_x = own_inputs(lane);
+    asm("" : "+r"(own), "+r"(own_x));   /* kept, not worked out anew for every slot; so are others below */
     Run asked = runs[warp];
     int asked_stretch = 0, asks = 0;   /* slots that follow the last one in memory */
     Source<D> source{};
@@ -133,7 +133,7 @@ template <int D, int T> __device__ __forceinline__ void stream_rows(const Produc
     Run run = {-1, STAGES, 0, 0, STAGES};   /* of no line: slots are asked for, and there is nothing to multiply yet */
 #pragma unroll 1
     for (int stretch = -1;;) {
-        float *to = partial + (phase * sums - round * lines_most + warp) * PART, sum[SUMS<T>] = {};
+        float *to = partial + (phase * sums - round * lines_most + warp) * PART, sum[4] = {};
 #pragma unroll 1
         while (run.left) {
             const int line = run.line;
@@ -144,7 +144,8 @@ template <int D, int T> __device__ __forceinline__ void stream_rows(const Produc
                     copy_wait<STAGES - 1>();
                     __syncwarp();
                     if constexpr (FIXED<D, T>) multiply_fixed<D>(sum[0], turns, memory + slot, x, own);
-                    else multiply_slot<D, T>(sum, memory + slot, x);
+                    else if constexpr (T == 1) multiply_floats<D>(sum, memory + slot, x, own, own_x);
+                    else multiply_slot<D>(sum, memory + slot, x);
                     x += SLOT;
                     __syncwarp();
                 }
@@ -154,14 +155,15 @@ template <int D, int T> __device__ __forceinline__ void stream_rows(const Produc
                 asm("" : "+r"(slot));
             }
             if (line < 0) break;
+            if (T == 1) {
+                const float value = FIXED<D, T> ? quad_sum(sum[0]) : sum[0] + sum[3];
+                if (lane % 4 == 0) to[line * PART + lane / 4] = value;
+            } else {
 #pragma unroll
-            for (int e = 0; e < (T == 1 ? 1 : SUMS<T>); e++) {
-                float value = T > 1 || FIXED<D, T> ? sum[e] : sum[0] + sum[SUMS<T> - 1];
-                if (FIXED<D, T>) value = quad_sum(value);
-                if (T > 1 || lane % 4 == 0) to[line * PART + (T == 1 ? 0 : lane / 4 + e / 2 * 8) * SLOT_ROWS + row_of<T>(e)] = value;
+                for (int e = 0; e < 4; e++) to[line * PART + (lane / 4 + e / 2 * 8) * SLOT_ROWS + row_of(e)] = sum[e];
             }
 #pragma unroll
-            for (int e = 0; e < SUMS<T>; e++) sum[e] = 0;
+            for (int e = 0; e < 4; e++) sum[e] = 0;
         }
         if (stretch >= 0 && ++phase < s.phases) {
             __syncthreads();

@@ -22,16 +22,19 @@ __device__ inline void mma(float (&sum)[4], const uint32_t (&left)[4], const uin
                  : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right[0]), "r"(right[1]));
 }
 
+/* The same of f16 */
+__device__ inline void mma_halves(float (&sum)[4], const uint32_t (&left)[4], const uint32_t *right) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+                 : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right[0]), "r"(right[1]));
+}
+
 /* The same of which rows 0..7 of even columns and rows 8..15 of odd ones are wanted: s0 is row lane / 4, column lane % 4 * 2, s1 what stands 8 rows
- * down and one column right. With 8 rows given in two halves, and a vector in two columns, their sum is the product. HALF: of f16 instead of bf16 */
-template <bool HALF = false> __device__ inline void mma_diagonal(float &s0, float &s1, const uint32_t (&left)[4], uint32_t b0, uint32_t b1) {
+ * down and one column right. With 8 rows given in two halves, and a vector in two columns, their sum is the product. */
+__device__ inline void mma_diagonal(float &s0, float &s1, const uint32_t (&left)[4], uint32_t b0, uint32_t b1) {
     [[maybe_unused]] float other0, other1;
-    if (HALF)
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%2,%3,%1}, {%4,%5,%6,%7}, {%8,%9}, {%0,%10,%10,%1};"
-            : "+f"(s0), "+f"(s1), "=f"(other0), "=f"(other1) : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(b0), "r"(b1), "f"(0.0f));
-    else
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%2,%3,%1}, {%4,%5,%6,%7}, {%8,%9}, {%0,%10,%10,%1};"
-            : "+f"(s0), "+f"(s1), "=f"(other0), "=f"(other1) : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(b0), "r"(b1), "f"(0.0f));
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%2,%3,%1}, {%4,%5,%6,%7}, {%8,%9}, {%0,%10,%10,%1};"
+        : "+f"(s0), "+f"(s1), "=f"(other0), "=f"(other1) : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(b0), "r"(b1), "f"(0.0f));
 }
 
 __device__ inline void load_matrices(uint32_t (&to)[4], const __nv_bfloat16 *row) {

@@ -2,7 +2,7 @@
  * without registers or block-wide barriers, and before a kernel's inputs are there.
  *
  * A slot holds 128 bytes of each of 8 rows: of quantised weights as it lies in memory (formats.cuh), of float ones as 8 pieces of 16 bytes whose place depends
- * on the row, so that lanes of different rows meet in different banks; behind them fp8 has each row's scale. */
+ * on the row, so that lanes of different rows meet in different banks; behind them fp8 has its scale. */
 #pragma once
 
 #include "formats.cuh"
@@ -12,7 +12,7 @@ template <> struct Slot<TOPS_BF16> {
     static constexpr int VALUES = 64, BYTES = SLOT_CODES;
 };
 template <> struct Slot<TOPS_FP8_E4M3> {
-    static constexpr int VALUES = 128, SCALES = SLOT_CODES, BYTES = SCALES + 4 * SLOT_ROWS;
+    static constexpr int VALUES = 128, SCALE = SLOT_CODES, BYTES = SCALE + 16;
 };
 
 static inline bool ring_supports(const tops_weight *w) {
@@ -43,7 +43,7 @@ template <int D> struct Source {
 template <int D> struct RowSource {
     static constexpr int VALUES = Slot<D>::VALUES, PIECE_VALUES = VALUES / 8;
     const unsigned char *low;
-    const float *scale;           /* of the lane's row */
+    const float *scale;
     int place;                    /* of the lane's first piece in a slot */
     int step;                     /* bytes from a row to the one four further */
     int left;                     /* columns from the lane's piece on; at most 0: there is nothing to copy */
@@ -54,16 +54,16 @@ template <int D> struct RowSource {
         place = piece_place(lane / 8, lane % 8);
         step = row + lane / 8 + 4 < rows ? 64 * pieces : 0;
         left = cols - chunk * VALUES - lane % 8 * PIECE_VALUES;
-        if (D == TOPS_FP8_E4M3) scale = m.fp8_scales + min(row + lane % SLOT_ROWS, rows - 1) / 128 * ((cols + 127) / 128) + chunk;
+        if (D == TOPS_FP8_E4M3) scale = m.fp8_scales + row / 128 * ((cols + 127) / 128) + chunk;
     }
-    __device__ void fetch(unsigned char *slot, int own, bool there) {
+    __device__ void fetch(unsigned char *slot, int, bool there) {
         if (!there) return;
         copy_async(slot + place, low, left > 0);
         copy_async(slot + (place ^ 32) + 512, low + step, left > 0);
         left -= VALUES;
         low += 128;
         if constexpr (D == TOPS_FP8_E4M3) {
-            if (own < 16 * SLOT_ROWS) copy_async_small<4>(slot + Slot<D>::SCALES + own / 4, scale, true);
+            if (place == 0) copy_async_small<4>(slot + Slot<D>::SCALE, scale, true);   /* one lane */
             scale++;
         }
     }

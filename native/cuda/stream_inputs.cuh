@@ -14,7 +14,7 @@ static_assert(THREADS * 8 == STREAM_NORM_MOST, "a thread has eight columns of a 
 /* With one token (T 1) the matrix is the left operand, whose upper and lower 8 rows are both the tile's: a lane's 16 bytes of a row go in as
  * they are, and the right operand has what belongs to the first and third quarter of them in column 0, to the others in column 1. With more (T 16)
  * the tokens are the left operand. So inputs lie in shared memory by units of 32 columns, of which lane % 4 has 8, four pairs, as
- *   T 1:  [unit][lane % 4][pairs 0, 2 | 1, 3]
+ *   T 1:  [two units][lane % 4][pairs 0, 2 of both | 1, 3 of both]
  *   T 16: [unit][pairs 0, 1 | 2, 3][t % 8][lane % 4][first pair of t, of t + 8, second pair of t, of t + 8]; 64 bytes between units
  * Pairs are of columns in the order in which the weights' codes come out of memory: with 16 tokens quantised and fp8 weights have 0 and 2, 1 and 3.
  *
@@ -33,9 +33,9 @@ template <int D, int T> __device__ inline void put_columns(unsigned char *inputs
     if (is_quantised(D)) quad = c % 16 / 4, half = c % 32 / 16;
     if (D == TOPS_FP8_E4M3) unit = c / 64 * 2 + c % 16 / 8, quad = c % 64 / 16, half = c % 8 / 4;
     if (T == 1) {
-        uint32_t *to = reinterpret_cast<uint32_t *>(inputs + unit * UNIT<1> + (D == TOPS_FP8_E4M3 ? c / Slot<D>::VALUES * 16 : 0));
-        to[quad * 4 + half] = v.x;
-        to[quad * 4 + half + 2] = v.y;
+        uint32_t *to = reinterpret_cast<uint32_t *>(inputs + unit / 2 * 2 * UNIT<1> + (D == TOPS_FP8_E4M3 ? c / Slot<D>::VALUES * 16 : 0)) + unit % 2 * 2 + half;
+        to[quad * 8] = v.x;
+        to[quad * 8 + 4] = v.y;
         return;
     }
     if (D != TOPS_BF16) {

@@ -10,24 +10,17 @@
 #ifdef __CUDACC__
 namespace stream {
 /* sum += a lane's 8 columns of a tile, four registers, times the inputs of their unit. Element e is
- *   T 1: row lane / 4 of the tile, in lanes of quad 0 alone, in two parts;  T 16: token lane / 4 + 8 (e / 2), row 2 (lane % 4) + e % 2 */
-template <int T> constexpr int SUMS = T == 1 ? 2 : 4;
-template <int T, bool HALF = false> __device__ inline void multiply(float (&sum)[SUMS<T>], const unsigned char *unit, const uint32_t (&w)[4]) {
-    const int lane = threadIdx.x % 32;
-    if constexpr (T == 1) {
-        const uint2 x = *reinterpret_cast<const uint2 *>(unit + (lane % 4 * 2 + lane / 4 % 2) * 8);   /* of the columns from 2 on nothing is used */
-        mma_diagonal<HALF>(sum[0], sum[1], w, x.x, x.y);
-    } else {
+ *   T 1: row lane / 4 of the tile in lanes of quad 0 alone, in two parts, 0 and 3;  T 16: token lane / 4 + 8 (e / 2), row 2 (lane % 4) + e % 2 */
+__device__ inline void multiply(float (&sum)[4], const unsigned char *unit, const uint32_t (&w)[4]) {
 #pragma unroll
-        for (int m = 0; m < 2; m++) {
-            const uint4 x = reinterpret_cast<const uint4 *>(unit)[m * 32 + lane];
-            const uint32_t left[4] = {x.x, x.y, x.z, x.w};
-            mma(sum, left, w + 2 * m);
-        }
+    for (int m = 0; m < 2; m++) {
+        const uint4 x = reinterpret_cast<const uint4 *>(unit)[m * 32 + threadIdx.x % 32];
+        const uint32_t left[4] = {x.x, x.y, x.z, x.w};
+        mma(sum, left, w + 2 * m);
     }
 }
-/* Row of the tile that element e belongs to */
-template <int T> __device__ inline int row_of(int e) { return T == 1 ? threadIdx.x % 32 / 4 : threadIdx.x % 4 * 2 + e % 2; }
+/* Row of the tile that element e belongs to, of 16 tokens */
+__device__ inline int row_of(int e) { return threadIdx.x % 4 * 2 + e % 2; }
 
 __device__ inline uint32_t subtract(uint32_t a, uint32_t b) {
     __nv_bfloat162 d = __hsub2(*reinterpret_cast<const __nv_bfloat162 *>(&a), *reinterpret_cast<const __nv_bfloat162 *>(&b));
@@ -81,10 +74,14 @@ template <int D> struct Codes {
     }
 };
 
-/* e4m3 in the lower two bytes as a pair of f16 */
-__device__ inline uint32_t fp8_pair(uint32_t bytes) {
-    const __half2_raw pair = __nv_cvt_fp8x2_to_halfraw2((__nv_fp8x2_storage_t)bytes, __NV_E4M3);
-    return pair.x | (uint32_t)pair.y << 16;
+/* Four e4m3 as two pairs of f16 */
+__device__ inline void fp8_pairs(uint32_t &lower, uint32_t &upper, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 890
+    asm("{ .reg .b16 l, h; mov.b32 {l, h}, %2; cvt.rn.f16x2.e4m3x2 %0, l; cvt.rn.f16x2.e4m3x2 %1, h; }" : "=r"(lower), "=r"(upper) : "r"(bytes));
+#else
+    const __half2_raw pairs[2] = {__nv_cvt_fp8x2_to_halfraw2((__nv_fp8x2_storage_t)bytes, __NV_E4M3), __nv_cvt_fp8x2_to_halfraw2((__nv_fp8x2_storage_t)(bytes >> 16), __NV_E4M3)};
+    lower = pairs[0].x | (uint32_t)pairs[0].y << 16, upper = pairs[1].x | (uint32_t)pairs[1].y << 16;
+#endif
 }
 
 /* Right operands of the only token's integers, of which a lane gives those of one in two blocks: the others stay zeros throughout. */
@@ -169,18 +166,55 @@ template <int D> __device__ inline void multiply_fixed(float &sum, Turns<D> &tur
         }
 }
 
-/* A slot times the inputs, which begin with the slot's first unit. */
-template <int D, int T> __device__ inline void multiply_slot(float (&sum)[SUMS<T>], const unsigned char *slot, const unsigned char *inputs) {
+/* Where a lane finds its first 16 bytes of a slot; float weights have the next ones at ^ 64 */
+template <int D> __device__ inline int own_place(int lane) { return is_quantised(D) ? lane * 16 : piece_place(lane / 4, lane % 4); }
+/* And of the only token's inputs of two units of columns */
+__device__ inline int own_inputs(int lane) { return (lane % 4 * 2 + lane / 4 % 2) * 16; }   /* of products' columns from 2 on nothing is used */
+
+/* A slot of float weights times the only token's inputs, which begin with the slot's first unit */
+template <int D> __device__ inline void multiply_floats(float (&sum)[4], const unsigned char *slot, const unsigned char *inputs, int own, int own_x) {
+    if constexpr (D == TOPS_BF16) {
+        const uint4 x = *reinterpret_cast<const uint4 *>(inputs + own_x);
+        const uint32_t right[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+        for (int u = 0; u < 2; u++) {
+            const uint4 v = *reinterpret_cast<const uint4 *>(slot + (own ^ 64 * u));
+            const uint32_t w[4] = {v.x, v.y, v.z, v.w};
+            mma(sum, w, right + 2 * u);
+        }
+    } else {
+        float part[4] = {};
+#pragma unroll
+        for (int u = 0; u < 2; u++) {
+            const uint4 x = *reinterpret_cast<const uint4 *>(inputs + own_x + 2 * u * UNIT<1>), v = *reinterpret_cast<const uint4 *>(slot + (own ^ 64 * u));
+            const uint32_t right[4] = {x.x, x.y, x.z, x.w}, words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                uint32_t w[4];
+                fp8_pairs(w[0], w[1], words[2 * i]);
+                fp8_pairs(w[2], w[3], words[2 * i + 1]);
+                mma_halves(part, w, right + 2 * i);
+            }
+        }
+        const float by = *reinterpret_cast<const float *>(slot + Slot<D>::SCALE) * *reinterpret_cast<const float *>(inputs + 4 * UNIT<1>);
+        sum[0] = fmaf(by, part[0], sum[0]);
+        sum[3] = fmaf(by, part[3], sum[3]);
+    }
+}
+
+/* A slot times the inputs of 16 tokens */
+template <int D> __device__ inline void multiply_slot(float (&sum)[4], const unsigned char *slot, const unsigned char *inputs) {
+    constexpr int T = 16;
     const int lane = threadIdx.x % 32, row = lane / 4, quad = lane % 4;
     if constexpr (D == TOPS_BF16) {
 #pragma unroll
         for (int u = 0; u < 2; u++) {
             const uint4 v = *reinterpret_cast<const uint4 *>(slot + piece_place(row, 4 * u + quad));
             const uint32_t w[4] = {v.x, v.y, v.z, v.w};
-            multiply<T>(sum, inputs + u * UNIT<T>, w);
+            multiply(sum, inputs + u * UNIT<T>, w);
         }
     } else if constexpr (D == TOPS_FP8_E4M3) {
-        float part[SUMS<T>] = {};
+        float part[4] = {};
 #pragma unroll
         for (int u = 0; u < 4; u += 2) {
             const uint4 v = *reinterpret_cast<const uint4 *>(slot + piece_place(row, 2 * u + quad));
@@ -188,35 +222,30 @@ template <int D, int T> __device__ inline void multiply_slot(float (&sum)[SUMS<T
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 const uint32_t a = words[2 * i], b = words[2 * i + 1];
-                if constexpr (T == 1) {
-                    const uint32_t w[4] = {fp8_pair(a), fp8_pair(a >> 16), fp8_pair(b), fp8_pair(b >> 16)};
-                    multiply<T, true>(part, inputs + (u + i) * UNIT<T>, w);
-                } else {
-                    const uint32_t w[4] = {fp8_codes(a << 8), fp8_codes(a), fp8_codes(b << 8), fp8_codes(b)};
-                    multiply<T>(part, inputs + (u + i) * UNIT<T>, w);
-                }
+                const uint32_t w[4] = {fp8_codes(a << 8), fp8_codes(a), fp8_codes(b << 8), fp8_codes(b)};
+                multiply(part, inputs + (u + i) * UNIT<T>, w);
             }
         }
-        const float *scales = reinterpret_cast<const float *>(slot + Slot<D>::SCALES), step = T == 1 ? *reinterpret_cast<const float *>(inputs + 4 * UNIT<T>) : 1.0f;
+        const float scale = *reinterpret_cast<const float *>(slot + Slot<D>::SCALE);
 #pragma unroll
-        for (int e = 0; e < SUMS<T>; e++) sum[e] += scales[row_of<T>(e)] * step * part[e];
+        for (int e = 0; e < 4; e++) sum[e] += scale * part[e];
     } else {
         constexpr bool HALVES = D == TOPS_Q6_K;
         const Codes<D> codes(slot, lane * 16);
 #pragma unroll
         for (int block = 0; block < Slot<D>::BLOCKS; block++) {
-            float part[SUMS<T>] = {}, upper[SUMS<T>] = {}, whole[SUMS<T>] = {};
+            float part[4] = {}, upper[4] = {}, whole[4] = {};
             uint32_t w[4];
             codes.numbers(w, block);
             const unsigned char *unit = inputs + block * UNIT<T>;
             const uint32_t first[4] = {w[0], w[1], HALVES ? 0 : w[2], HALVES ? 0 : w[3]}, second[4] = {0, 0, w[2], w[3]};
             const uint32_t all[4] = {0x3f803f80u, 0x3f803f80u, 0x3f803f80u, 0x3f803f80u};   /* ones */
-            multiply<T>(part, unit, first);
-            if (HALVES) multiply<T>(upper, unit, second);
-            if (HAS_MINIMUM<D>) multiply<T>(whole, unit, all);
+            multiply(part, unit, first);
+            if (HALVES) multiply(upper, unit, second);
+            if (HAS_MINIMUM<D>) multiply(whole, unit, all);
 #pragma unroll
-            for (int e = 0; e < SUMS<T>; e++) {
-                const uint32_t scale = scale_at<D>(slot, row_of<T>(e), block), super = super_at<D>(slot, row_of<T>(e));
+            for (int e = 0; e < 4; e++) {
+                const uint32_t scale = scale_at<D>(slot, row_of(e), block), super = super_at<D>(slot, row_of(e));
                 const float2 by = affine_of<D>(scale, super, 0);
                 sum[e] += by.x * part[e];
                 if (HALVES) sum[e] += affine_of<D>(scale, super, 1).x * upper[e];
