@@ -148,6 +148,8 @@ template <int D, int T> __device__ __forceinline__ void stream_rows(const Produc
                     else multiply_slot<D>(sum, memory + slot, x);
                     x += SLOT;
                     __syncwarp();
+                } else {
+                    copy_wait<1>();   /* two at a time are enough for the memory; more would stand in the way of what kernels before this one read */
                 }
                 ask(memory + slot);
                 slot += BYTES;
