@@ -14,10 +14,11 @@ constexpr int INPUTS_MOST = 100 << 10;   /* bytes */
  * block of each, whoever ends when: otherwise some would get two, and blocks that find no room there would begin late. */
 constexpr int SHARED_PROCESSOR = 228 << 10, SHARED_BLOCK = 1 << 10, STATIC_MOST = 128;
 constexpr int SHARED_ALONE = SHARED_PROCESSOR / 2 - SHARED_BLOCK, SHARED_BESIDE = SHARED_PROCESSOR - SHARED_ALONE - 2 * (SHARED_BLOCK + STATIC_MOST);
+static inline bool is_roomy(const tops_stream *stream) { return stream->shared_most >= SHARED_PROCESSOR - SHARED_BLOCK; }
 template <int T> constexpr int LINES_MOST = T == 1 ? 256 : 32;   /* whose sums are in shared memory at once */
 
-/* A ring is as deep as the processor's shared memory allows: 228 or 164 KB, or 100 KB. */
-__host__ __device__ constexpr int stages(bool large) { return large ? 4 : 2; }
+/* Of a ring's slots so many may be under way while one is multiplied; it has one more at least, more if they have room. Processors have 228 or 164 KB, or 100 KB. */
+__host__ __device__ constexpr int under_way(bool large) { return large ? 3 : 1; }
 static inline bool is_large(const tops_stream *stream) { return stream->shared_most > 128 << 10; }
 
 /* A block's rows of the matrix in tiles of 8. A line is a tile of one matrix, or, of a pair (gate and up), of one of both: lines 2 i and 2 i + 1 are of
@@ -26,6 +27,7 @@ struct Shape {
     int blocks, tiles, tiles_more;   /* tiles of each block; so many blocks have one more */
     int part_tiles[4];               /* before each part; INT_MAX for those that are none */
     int pair;                        /* 1: of two matrices */
+    int stages;                      /* slots of a warp's ring */
     int chunks;                      /* slots along a row */
     int phases, per_phase;           /* slots of each */
     int rounds, per_round;           /* tiles of each */
@@ -62,14 +64,14 @@ __device__ inline int warp_of(int least, int more, int slot) {
 /* What a block does: `block` counts those of this product. Most of it runs once in a kernel, and instructions that run once come from far away: a step stands
  * in one place, loops are not unrolled unless they go round often, and begin before there is anything to do for all of their body. */
 template <int D, int T> __device__ __forceinline__ void stream_rows(const Product &p, const Shape &s, int block) {
-    constexpr int STAGES = stages(LARGE), BYTES = Slot<D>::BYTES, SLOT = SLOT_INPUTS<D, T>, PART = T * SLOT_ROWS;
+    constexpr int BYTES = Slot<D>::BYTES, SLOT = SLOT_INPUTS<D, T>, PART = T * SLOT_ROWS;
     extern __shared__ __align__(128) unsigned char memory[];
     launch_dependents();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pair = s.pair;
     const int first_tile = block * s.tiles + min(block, s.tiles_more), tiles = s.tiles + (block < s.tiles_more);
     if (!tiles) return wait_for_inputs();   /* keeps others out until then */
     const int lines_most = s.per_round << pair, sums = lines_most + WARPS - 1, stretches = s.rounds * s.phases;
-    unsigned char *inputs = memory + WARPS * STAGES * BYTES;
+    unsigned char *inputs = memory + WARPS * s.stages * BYTES;
     Run *runs = reinterpret_cast<Run *>(inputs + s.per_phase * SLOT);               /* [stretch][warp] */
     float *partial = reinterpret_cast<float *>(runs + stretches * WARPS);           /* [phase][line + warp, which no two warps share][t][8 rows] */
     int *places = reinterpret_cast<int *>(partial + s.phases * sums * PART);        /* [row of the block] in a row of the output, or -1 */
@@ -97,7 +99,7 @@ template <int D, int T> __device__ __forceinline__ void stream_rows(const Produc
     }
     __syncwarp();
 
-    /* The warp asks for its slots in order, STAGES ahead. */
+    /* The warp asks for its slots in order, as many ahead as its ring has. */
     int own = own_place<D>(lane), own_x = own_inputs(lane);
     asm("" : "+r"(own), "+r"(own_x));   /* kept, not worked out anew for every slot; so are others below */
     Run asked = runs[warp];
@@ -127,10 +129,10 @@ template <int D, int T> __device__ __forceinline__ void stream_rows(const Produc
     };
     float before = 0;   /* of the thread's first output */
     [[maybe_unused]] Turns<FIXED<D, T> ? D : TOPS_Q8_0> turns;
-    int ring = warp * STAGES * BYTES, slot = ring;   /* bytes of `memory` */
-    asm("" : "+r"(ring));
+    int slot = warp * s.stages * BYTES, ring_end = slot + s.stages * BYTES;   /* bytes of `memory` */
+    asm("" : "+r"(ring_end));
     int round = 0, phase = 0;
-    Run run = {-1, STAGES, 0, 0, STAGES};   /* of no line: slots are asked for, and there is nothing to multiply yet */
+    Run run = {-1, s.stages, 0, 0, UINT16_MAX};   /* of no line: slots are asked for, and there is nothing to multiply yet */
 #pragma unroll 1
     for (int stretch = -1;;) {
         float *to = partial + (phase * sums - round * lines_most + warp) * PART, sum[4] = {};
@@ -141,7 +143,7 @@ template <int D, int T> __device__ __forceinline__ void stream_rows(const Produc
 #pragma unroll 1
             for (int left = run.next_line(); left; left--) {
                 if (line >= 0) {
-                    copy_wait<STAGES - 1>();
+                    copy_wait<under_way(LARGE)>();
                     __syncwarp();
                     if constexpr (FIXED<D, T>) multiply_fixed<D>(sum[0], turns, memory + slot, x, own);
                     else if constexpr (T == 1) multiply_floats<D>(sum, memory + slot, x, own, own_x);
@@ -153,7 +155,7 @@ template <int D, int T> __device__ __forceinline__ void stream_rows(const Produc
                 }
                 ask(memory + slot);
                 slot += BYTES;
-                if (slot == ring + STAGES * BYTES) slot = ring;
+                if (slot == ring_end) slot -= s.stages * BYTES;
                 asm("" : "+r"(slot));
             }
             if (line < 0) break;
@@ -228,7 +230,8 @@ gemv_mixed(const __grid_constant__ Product p, const __grid_constant__ Shape s, c
 
 /* Bytes of shared memory for a product on at most so many blocks; 0: it has too many columns. */
 template <int D, int T> int plan(Shape &s, const tops_stream *stream, const Product &p, int blocks, bool alone) {
-    const int slot_inputs = SLOT_INPUTS<D, T>, ring = WARPS * stages(is_large(stream)) * Slot<D>::BYTES, part = T * SLOT_ROWS * 4;
+    const int slot_inputs = SLOT_INPUTS<D, T>, stage = WARPS * Slot<D>::BYTES, part = T * SLOT_ROWS * 4;
+    s.stages = under_way(is_large(stream)) + 1;
     s.pair = p.mode == GATE_UP;
     int tiles = 0;
     for (int i = 0; i < 4; i++) {
@@ -241,15 +244,17 @@ template <int D, int T> int plan(Shape &s, const tops_stream *stream, const Prod
     s.tiles_more = tiles % s.blocks;
     s.chunks = (int)ceil_div(p.cols, Slot<D>::VALUES);
     /* One token's inputs leave room for the kernels before and behind this one, if they can. */
-    const int most = (int)ceil_div(tiles, s.blocks), lines = min(most << s.pair, LINES_MOST<T>), beside = T == 1 ? SHARED_BESIDE - ring - 4096 : 0;
+    const int most = (int)ceil_div(tiles, s.blocks), lines = min(most << s.pair, LINES_MOST<T>), beside = T == 1 ? SHARED_BESIDE - s.stages * stage - 4096 : 0;
     const int inputs_most = beside < 8 << 10 ? INPUTS_MOST : min(beside, PIECES * THREADS * 8 / Slot<D>::VALUES * slot_inputs);
     s.phases = p.norm ? 1 : (int)ceil_div((int64_t)s.chunks * slot_inputs, inputs_most);
     s.per_phase = (int)ceil_div(s.chunks, s.phases);
     s.phases = (int)ceil_div(s.chunks, s.per_phase);
     s.per_round = lines >> s.pair;
     s.rounds = (int)ceil_div(most, s.per_round);
-    const int shared = ring + s.per_phase * slot_inputs + s.rounds * s.phases * (WARPS * (int)sizeof(Run) + lines * 2) + s.phases * (lines + WARPS - 1) * part + most * SLOT_ROWS * 4;
+    int shared = s.stages * stage + s.per_phase * slot_inputs + s.rounds * s.phases * (WARPS * (int)sizeof(Run) + lines * 2) + s.phases * (lines + WARPS - 1) * part + most * SLOT_ROWS * 4;
     if (s.chunks > UINT16_MAX || shared + (T == 1 ? STATIC_MOST : 1 << 10) > stream->shared_most) return 0;
+    if (T == 1 && !is_quantised(D) && is_roomy(stream))
+        for (; s.stages < ceil_div((most << s.pair) * s.chunks, WARPS) && shared + stage <= min(SHARED_ALONE, SHARED_BESIDE); s.stages++) shared += stage;
     return alone ? max(shared, SHARED_ALONE) : shared;
 }
 
@@ -261,7 +266,7 @@ template <int D, int T> int run(tops_stream *stream, const Product &p, const Pro
             shared = plan<TOPS_BF16, T>(kept_shape, stream, *kept, max((int)ceil_div(kept->rows, 2 * SLOT_ROWS), 1), false);
             blocks = max(blocks - kept_shape.blocks, 1);
         }
-    const bool alone = T == 1 && !stream->alone && stream->shared_most > 200 << 10;
+    const bool alone = T == 1 && !stream->alone && is_roomy(stream);
     const int own = plan<D, T>(s, stream, p, blocks, alone);
     if (!own || !shared) return TOPS_UNSUPPORTED;   /* the caller has other kernels */
     auto start = [&](auto kernel, int blocks, int shared, auto... arguments) {
