@@ -36,6 +36,11 @@ __device__ inline Record nothing() {
     const float none = __uint_as_float(UINT32_MAX);
     return {make_float4(none, none, none, none), make_float4(none, none, none, none)};
 }
+/* 16 bytes from shared memory to shared memory, or nothing; without a branch */
+__device__ inline void copy_shared_if(bf16 *to, const bf16 *from, bool there) {
+    asm volatile("{ .reg .pred p; .reg .b32 a, b, c, d; setp.ne.s32 p, %2, 0; @p ld.shared.v4.b32 {a, b, c, d}, [%1]; @p st.shared.v4.b32 [%0], {a, b, c, d}; }"
+                 :: "r"((uint32_t)__cvta_generic_to_shared(to)), "r"((uint32_t)__cvta_generic_to_shared(from)), "r"((int)there) : "memory");
+}
 /* Sums over the warp of N values, of which lane l gets that of value l / (32 / N): lanes STEP apart share what is left */
 template <int STEP = 16, int N> __device__ inline float scattered_sum(const float (&v)[N], int lane) {
     if constexpr (N == 1) {
@@ -71,7 +76,7 @@ __global__ void __launch_bounds__(THREADS, 2) attend_few(bf16 *out, Record *hand
     const int groups = (s.heads + HEADS - 1) / HEADS, kv_head = divide(blockIdx.y, groups), group = (int)blockIdx.y - kv_head * groups;
     const int each = min((int)HEADS, s.heads), heads = min((int)HEADS, s.heads - group * HEADS), first_head = kv_head * s.heads + group * HEADS;
     const int64_t t = blockIdx.z;
-    const int length = batch.positions[t] + 1, sequence = batch.sequences[t];
+    const int length = batch.positions[t] + 1, sequence = batch.sequences[t], own_slot = FUSED ? batch.slots[t] : 0;
     /* Positions from `fresh` on are of this step. A row alone need not look for its sequence's first. */
     const int first_row = !FUSED || batch.n == 1 ? 0 : batch.query_starts[sequence], fresh = !FUSED ? length : batch.n == 1 ? length - 1 : batch.positions[first_row];
     /* Spans are whole tiles; short texts use few of the splits, which are fixed by the page table's width. */
@@ -98,19 +103,21 @@ __global__ void __launch_bounds__(THREADS, 2) attend_few(bf16 *out, Record *hand
         const uint32_t cache_row = own < until ? row_of(pages[own >> s.page_shift], own) : 0;   /* of the lane's position: looked up together */
         float score[2][2] = {};
         if (computes) {
-            if (FUSED && tile + TILE > fresh) {   /* keys and values of this step */
+            if constexpr (FUSED) {   /* keys and values of this step. All blocks come this way: instructions that few run are far away, and the others would wait for these few */
 #pragma unroll
                 for (int j = 0; j < 2; j++) {
                     const int position = tile + reader * 16 + 8 * j + row8;
-                    if (position < fresh || position >= until) continue;
+                    const bool own = position >= fresh && position < until;
 #pragma unroll
-                    for (int c = 0; c < CHUNKS; c++) key[j][c] = *reinterpret_cast<const uint4 *>(fresh_keys + (position - fresh) * WIDE + first_column + 32 * c + 8 * quad);
+                    for (int c = 0; c < CHUNKS; c++)
+                        if (own) key[j][c] = *reinterpret_cast<const uint4 *>(fresh_keys + (position - fresh) * WIDE + first_column + 32 * c + 8 * quad);
                 }
                 const int row0 = tile + reader * 16, piece = first_column + lane * 8;
+                int position = max(row0, fresh);
 #pragma unroll 1
-                for (int position = max(row0, fresh); position < min(row0 + 16, until); position++)
-                    if (lane < OWN / 8)
-                        *reinterpret_cast<uint4 *>(values + (position - tile) * WIDE + piece) = *reinterpret_cast<const uint4 *>(fresh_values + (position - fresh) * WIDE + piece);
+                do {
+                    copy_shared_if(values + (position - tile) * WIDE + piece, fresh_values + (position - fresh) * WIDE + piece, position < min(row0 + 16, until) && lane < OWN / 8);
+                } while (++position < min(row0 + 16, until));
             }
             /* Lane (row8, quad) gets position 8 j + row8 of head quad, and wants positions 8 j + 2 quad + e of head row8 % 4. */
             float whole[2];
@@ -211,17 +218,8 @@ __global__ void __launch_bounds__(THREADS, 2) attend_few(bf16 *out, Record *hand
 #pragma unroll
                 for (int i = 0; i < EACH; i++) to[lane + 32 * i] = __float2bfloat16(head[i]);
                 if (!is_key) continue;
-                const int slot = batch.slots[row];
-                const int64_t at = (int64_t)row_of(slot >> s.page_shift, slot) * P;
-                const bool stores = position == length - 1 && group == 0;   /* its own row's block does */
 #pragma unroll
-                for (int i = 0; i < EACH; i++) {
-                    const bf16 v = x[(int64_t)s.g * P + lane + 32 * i];
-                    fresh_values[(position - fresh) * WIDE + lane + 32 * i] = v;
-                    if (!stores) continue;
-                    cache_k[at + lane + 32 * i] = __float2bfloat16(head[i]);
-                    cache_v[at + lane + 32 * i] = v;
-                }
+                for (int i = 0; i < EACH; i++) fresh_values[(position - fresh) * WIDE + lane + 32 * i] = x[(int64_t)s.g * P + lane + 32 * i];
             }
         } else {
             for (int i = threadIdx.x; i < HEADS * P / 8; i += THREADS) {
@@ -273,6 +271,13 @@ __global__ void __launch_bounds__(THREADS, 2) attend_few(bf16 *out, Record *hand
             __stcg(&to->of, make_float4(most, over, 0, 0));
         }
     }
+    /* The row's own key and value into the cache: not before the others have this block's sums, since what reads shared memory waits behind stores. */
+    if (FUSED && until == length && group == 0 && warp == WARPS - 1 && lane < P / 8) {
+        const int64_t at = (int64_t)row_of(own_slot >> s.page_shift, own_slot) * P + lane * 8;
+        const int place = (length - 1 - fresh) * WIDE + lane * 8;
+        *reinterpret_cast<uint4 *>(cache_k + at) = *reinterpret_cast<const uint4 *>(fresh_keys + place);
+        *reinterpret_cast<uint4 *>(cache_v + at) = *reinterpret_cast<const uint4 *>(fresh_values + place);
+    }
     /* A warp merges AHEAD of the units that are the block's part, in each a lane a span. The blocks of a row wait for each other here, and can: there are no more
      * of them than processors, and a GPU begins blocks in their order, so those before them end by themselves and make room for all of these. */
     constexpr int AHEAD = P > 64 ? 2 : 1, N = 4 * AHEAD;
@@ -299,13 +304,15 @@ __global__ void __launch_bounds__(THREADS, 2) attend_few(bf16 *out, Record *hand
         float value[N], over[AHEAD];
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
-            if (lane < used && first + i * used * WARPS < own) from[i * used * WARPS] = nothing();   /* for the next step's */
             const float most = warp_max(of[i].x), weight = most == -INFINITY ? 0.0f : __expf(of[i].x - most);
             value[4 * i] = sum[i].x * weight, value[4 * i + 1] = sum[i].y * weight, value[4 * i + 2] = sum[i].z * weight, value[4 * i + 3] = sum[i].w * weight;
             over[i] = of[i].y * weight;
         }
         const float result = scattered_sum(value, lane) / scattered_sum(over, lane) * gate;
         if (writes) out[(t * s.h + query_head) * P + c] = __float2bfloat16(result);
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++)
+            if (lane < used && first + i * used * WARPS < own) from[i * used * WARPS] = nothing();   /* for the next step's */
     }
 }
 }   // namespace
