@@ -120,6 +120,7 @@ template <int D, int T> __device__ __forceinline__ void stream_rows(const Produc
     };
     /* Where output `index` of a round, [tile][t][8 rows], belongs, or -1; and what stands there, if it is to be added to */
     auto place_of = [&](int index, int round) {
+        if (T == 1) return index < (tiles - round * s.per_round) * SLOT_ROWS ? places[round * s.per_round * SLOT_ROWS + index] : -1;
         const int t = index / SLOT_ROWS % T, tile = round * s.per_round + index / PART, place = tile < tiles ? places[tile * SLOT_ROWS + index % SLOT_ROWS] : -1;
         return place >= 0 && t < (int)p.n ? t * (int)p.out_cols + place : -1;
     };
@@ -172,10 +173,11 @@ template <int D, int T> __device__ __forceinline__ void stream_rows(const Produc
         if (stretch >= 0 && ++phase < s.phases) {
             __syncthreads();
         } else if (stretch >= 0) {
+            const int outputs = min(s.per_round, tiles - round * s.per_round) * PART;
+            int index = threadIdx.x, at = place_of(index, round);
             __syncthreads();   /* the round's sums are there */
 #pragma unroll 1
-            for (int index = threadIdx.x; index < min(s.per_round, tiles - round * s.per_round) * PART; index += THREADS) {
-                const int at = place_of(index, round);
+            for (; index < outputs; index += THREADS, at = place_of(index, round)) {
                 float value = 0, first = 0;
                 if (at < 0) continue;
                 if (round || index != (int)threadIdx.x) before = residual(at);
@@ -193,7 +195,7 @@ template <int D, int T> __device__ __forceinline__ void stream_rows(const Produc
                             for (int i = 0; i < 4; i++) value += w + i < span.y ? from[(w + i) * PART] : 0.0f;
                     }
                 }
-                value = pair ? silu(first) * value : before + value;
+                value = pair ? __fdividef(first, 1.0f + __expf(-first)) * value : before + value;
                 if (p.out_f32) static_cast<float *>(p.out)[at] = value;
                 else static_cast<bf16 *>(p.out)[at] = __float2bfloat16(value);
             }

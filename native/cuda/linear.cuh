@@ -26,7 +26,7 @@ struct Product {
     /* What the streaming kernels read instead of Inputs: bf16 rows as the op got them. */
     const void *x;
     const float *norm;          /* null: not normed */
-    float eps;
+    float eps, per_column;      /* 1 / cols */
 };
 
 /* At most 16 rows of bf16 (gemv_stream.cuh); `kept`, or null: rows in bf16 that follow quantised or fp8 ones */

@@ -90,37 +90,38 @@ template <int D> __device__ inline void put_one(unsigned char *inputs, int c, ui
 }
 
 __device__ inline uint4 eight_columns(const Product &p, int t, int c) {   /* zeros beyond the matrix */
-    return c < p.cols ? __ldcg(reinterpret_cast<const uint4 *>(static_cast<const bf16 *>(p.x) + t * p.cols + c)) : make_uint4(0, 0, 0, 0);
+    return c < (int)p.cols ? __ldcg(reinterpret_cast<const uint4 *>(static_cast<const bf16 *>(p.x) + t * p.cols + c)) : make_uint4(0, 0, 0, 0);
 }
 
 /* A thread's eight weights of the norm */
 __device__ inline void get_norm(float4 (&norm)[2], const Product &p, int c) {
     const float4 *at = reinterpret_cast<const float4 *>(p.norm + c), none = make_float4(0, 0, 0, 0);
-    norm[0] = c < p.cols ? __ldg(at) : none, norm[1] = c < p.cols ? __ldg(at + 1) : none;
+    norm[0] = c < (int)p.cols ? __ldg(at) : none, norm[1] = c < (int)p.cols ? __ldg(at + 1) : none;
 }
 /* Lay out columns from..until of the only token's row, normed if the product norms: the whole row, at most STREAM_NORM_MOST columns then. A thread has
  * eight columns of each piece, and asks for all of them together. */
 constexpr int PIECES = 3;
 template <int D> __device__ inline void take_row(unsigned char *inputs, const Product &p, int from, int until) {
     __shared__ float4 sums[WARPS / 4];
-    const int first = from + threadIdx.x * 8, lane = threadIdx.x % 32;
+    const int first = from + threadIdx.x * 8, there = min(until, (int)p.cols), lane = threadIdx.x % 32;
+    const bf16 *x = static_cast<const bf16 *>(p.x) + first;
     uint4 row[PIECES];
 #pragma unroll
-    for (int i = 0; i < PIECES; i++) row[i] = first + i * THREADS * 8 < until ? eight_columns(p, 0, first + i * THREADS * 8) : make_uint4(0, 0, 0, 0);
+    for (int i = 0; i < PIECES; i++) row[i] = first + i * THREADS * 8 < there ? __ldcg(reinterpret_cast<const uint4 *>(x + i * THREADS * 8)) : make_uint4(0, 0, 0, 0);
     if (p.norm) {
         float4 norm[2];
         get_norm(norm, p, first);
-        float x[8], sum = 0;
-        eight_floats(row[0], x);
+        float v[8], sum = 0;
+        eight_floats(row[0], v);
 #pragma unroll
-        for (int k = 0; k < 8; k++) sum += x[k] * x[k];
+        for (int k = 0; k < 8; k++) sum += v[k] * v[k];
         sum = warp_sum(sum);
         if (lane == 0) reinterpret_cast<float *>(sums)[threadIdx.x / 32] = sum;
         __syncthreads();
         float total = 0;
 #pragma unroll
         for (int w = 0; w < WARPS / 4; w++) total += sums[w].x + sums[w].y + sums[w].z + sums[w].w;
-        row[0] = normed(x, norm, rsqrtf(total / (float)p.cols + p.eps));
+        row[0] = normed(v, norm, rsqrtf(total * p.per_column + p.eps));
     }
 #pragma unroll 1
     for (int c = first; c - lane * 8 < until; c += THREADS * 8) {   /* whole warps */
@@ -196,7 +197,7 @@ template <int D> __device__ inline void take_normed_rows(unsigned char *inputs, 
                     total += four.x + four.y + four.z + four.w;
                 }
                 eight_floats(rows[i], v);
-                rows[i] = normed(v, norm, rsqrtf(total / (float)p.cols + p.eps));
+                rows[i] = normed(v, norm, rsqrtf(total * p.per_column + p.eps));
             }
             put_group<D>(inputs, g, c, rows);
         }

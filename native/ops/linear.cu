@@ -181,6 +181,7 @@ static int run_streams(tops_stream *stream, void *out, const void *x, const floa
         product.x = x;
         product.norm = norm;
         product.eps = eps;
+        product.per_column = 1.0f / (float)w->cols;
         formats[count] = w[i].dtype;
         do {   /* neighbours in one format go together */
             product.parts[product.count] = matrix_of(w + i);
