@@ -195,7 +195,7 @@ template <int D, int T> __device__ __forceinline__ void stream_rows(const Produc
                             for (int i = 0; i < 4; i++) value += w + i < span.y ? from[(w + i) * PART] : 0.0f;
                     }
                 }
-                value = pair ? __fdividef(first, 1.0f + __expf(-first)) * value : before + value;
+                value = pair ? __fdividef(first, 1.0f + __expf(-first)) * value : before + value;   /* SiLU, rounded to bf16 below */
                 if (p.out_f32) static_cast<float *>(p.out)[at] = value;
                 else static_cast<bf16 *>(p.out)[at] = __float2bfloat16(value);
             }
@@ -255,7 +255,7 @@ template <int D, int T> int plan(Shape &s, const tops_stream *stream, const Prod
     s.rounds = (int)ceil_div(most, s.per_round);
     int shared = s.stages * stage + s.per_phase * slot_inputs + s.rounds * s.phases * (WARPS * (int)sizeof(Run) + lines * 2) + s.phases * (lines + WARPS - 1) * part + most * SLOT_ROWS * 4;
     if (s.chunks > UINT16_MAX || shared + (T == 1 ? STATIC_MOST : 1 << 10) > stream->shared_most) return 0;
-    if (T == 1 && !is_quantised(D) && is_roomy(stream))
+    if (T == 1 && !is_quantised(D) && is_roomy(stream))   /* quantised matrices are so small that it takes longer to fill more slots than they gain */
         for (; s.stages < ceil_div((most << s.pair) * s.chunks, WARPS) && shared + stage <= min(SHARED_ALONE, SHARED_BESIDE); s.stages++) shared += stage;
     return alone ? max(shared, SHARED_ALONE) : shared;
 }
