@@ -36,10 +36,9 @@ template <int D> struct Slot {
     static constexpr int BYTES = SUPERS + SLOT_ROWS * super_scale_bytes(D);
     static_assert(BYTES % 16 == 0, "slots are copied in pieces of 16 bytes");
 
-    __host__ __device__ static constexpr int first_block(int quad) { return quad % 2 + quad / 2 * (BLOCKS / 2); }
     /* Of a block's scale in its row, so that a lane's are neighbours */
     __host__ __device__ static constexpr int place(int block) { return (block % 2 + block / (BLOCKS / 2) * 2) * OWN + block % (BLOCKS / 2) / 2; }
-    __host__ __device__ static int64_t across(int64_t cols) { return (cols + VALUES - 1) / VALUES; }
+    template <typename N> __host__ __device__ static N across(N cols) { return (cols + VALUES - 1) / VALUES; }
 };
 
 static inline bool format_known(int dtype) {
@@ -51,6 +50,11 @@ static inline bool format_known(int dtype) {
 }
 
 static inline Matrix matrix_of(const tops_weight *w) { return Matrix{static_cast<const unsigned char *>(w->data), w->scales, w->rows, w->cols}; }
+
+/* The slot that has a block of 32 columns of a row, of which it is block % BLOCKS of row % SLOT_ROWS */
+template <int D> __host__ __device__ inline const unsigned char *slot_of(const Matrix &w, int64_t row, int block) {
+    return w.data + (row / SLOT_ROWS * Slot<D>::across(w.cols) + block / Slot<D>::BLOCKS) * Slot<D>::BYTES;
+}
 
 #ifdef __CUDACC__
 /* Scale and minimum of columns 16 half .. of a block, from what stands for the block and for its row of the slot */
@@ -69,10 +73,6 @@ template <int D> __device__ inline uint32_t scale_at(const unsigned char *slot, 
     const unsigned char *scales = slot + Slot<D>::SCALES;
     const int at = row * Slot<D>::BLOCKS + Slot<D>::place(block);
     return scale_bytes(D) == 4 ? reinterpret_cast<const uint32_t *>(scales)[at] : reinterpret_cast<const uint16_t *>(scales)[at];
-}
-/* The slot that has a block of 32 columns of a row, of which it is block % BLOCKS of row % SLOT_ROWS */
-template <int D> __device__ inline const unsigned char *slot_of(const Matrix &w, int64_t row, int block) {
-    return w.data + (row / SLOT_ROWS * Slot<D>::across(w.cols) + block / Slot<D>::BLOCKS) * Slot<D>::BYTES;
 }
 template <int D> __device__ inline float2 affine(const Matrix &w, int64_t row, int block, int half) {
     const unsigned char *slot = slot_of<D>(w, row, block);

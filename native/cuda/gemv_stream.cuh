@@ -75,7 +75,7 @@ template <int D, int T> __device__ __forceinline__ void stream_rows(const Produc
     Run *runs = reinterpret_cast<Run *>(inputs + s.per_phase * SLOT);               /* [stretch][warp] */
     float *partial = reinterpret_cast<float *>(runs + stretches * WARPS);           /* [phase][line + warp, which no two warps share][t][8 rows] */
     int *places = reinterpret_cast<int *>(partial + s.phases * sums * PART);        /* [row of the block] in a row of the output, or -1 */
-    uchar2 *spans = reinterpret_cast<uchar2 *>(places + tiles * SLOT_ROWS);       /* [stretch][line]: first warp, and how many */
+    uchar2 *spans = reinterpret_cast<uchar2 *>(places + tiles * SLOT_ROWS);         /* [stretch][line]: first warp, and how many */
     auto part_of = [&](int tile) { return pair ? 0 : (tile >= s.part_tiles[1]) + (tile >= s.part_tiles[2]) + (tile >= s.part_tiles[3]); };
 #pragma unroll 1
     for (int i = threadIdx.x; i < tiles * SLOT_ROWS; i += THREADS) {

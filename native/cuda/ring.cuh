@@ -30,7 +30,7 @@ template <int D> struct Source {
     const unsigned char *from;
 
     __device__ void begin(const Matrix &m, int row, int chunk, int lane) {
-        from = m.data + ((uint32_t)row / SLOT_ROWS * (((uint32_t)m.cols + Slot<D>::VALUES - 1) / Slot<D>::VALUES) + chunk) * (uint64_t)Slot<D>::BYTES + lane * 16;
+        from = m.data + ((uint32_t)row / SLOT_ROWS * Slot<D>::across((uint32_t)m.cols) + chunk) * (uint64_t)Slot<D>::BYTES + lane * 16;
     }
     __device__ void fetch(unsigned char *slot, int own, bool there) {   /* own: bytes to the lane's first piece */
 #pragma unroll

@@ -76,21 +76,17 @@ template <int D> __device__ inline void put_one(unsigned char *inputs, int c, ui
             for (int lanes = 1; lanes < SUM_COLUMNS<D> / 8; lanes *= 2) sum += __shfl_xor_sync(0xffffffff, sum, lanes);
             if (!there) return;
             unsigned char *to = inputs + slot * SLOT_INPUTS<D, 1>;
-            constexpr int BLOCKS = Slot<D>::BLOCKS, TILES = BLOCKS / 4;
-            const int block = column / 32, tile = block % (BLOCKS / 2) / 2, pair = block % 2 + block / (BLOCKS / 2) * 2, half = column % 32 / 16, quad = column % 16 / 4;
+            constexpr int TILES = Slot<D>::OWN;
+            const int place = Slot<D>::place(column / 32), pair = place / TILES, tile = place % TILES, half = column % 32 / 16, quad = column % 16 / 4;
             uint32_t *words = reinterpret_cast<uint32_t *>(to) + ((2 * pair * 4 + quad) * TILES + tile) * 2 + half;   /* of lane 8 pair + quad: the high bytes */
             words[0] = high.x;
             words[2 * TILES] = high.y;
             words[8 * TILES] = low.x;
             words[10 * TILES] = low.y;
             if (column % SUM_COLUMNS<D> == 0)
-                reinterpret_cast<Block *>(to + Slot<D>::VALUES * 2)[Slot<D>::place(block) * (32 / SUM_COLUMNS<D>) + column % 32 / SUM_COLUMNS<D>] = block_of<D>(step, sum);
+                reinterpret_cast<Block *>(to + Slot<D>::VALUES * 2)[place * (32 / SUM_COLUMNS<D>) + column % 32 / SUM_COLUMNS<D>] = block_of<D>(step, sum);
         }
     }
-}
-
-__device__ inline uint4 eight_columns(const Product &p, int t, int c) {   /* zeros beyond the matrix */
-    return c < (int)p.cols ? __ldcg(reinterpret_cast<const uint4 *>(static_cast<const bf16 *>(p.x) + t * p.cols + c)) : make_uint4(0, 0, 0, 0);
 }
 
 /* A thread's eight weights of the norm */
@@ -133,6 +129,10 @@ template <int D> __device__ inline void take_row(unsigned char *inputs, const Pr
 }
 
 /* ---- 16 tokens ---- */
+__device__ inline uint4 eight_columns(const Product &p, int t, int c) {   /* zeros beyond the matrix */
+    return c < (int)p.cols ? __ldcg(reinterpret_cast<const uint4 *>(static_cast<const bf16 *>(p.x) + t * p.cols + c)) : make_uint4(0, 0, 0, 0);
+}
+
 /* Rows are taken eight at a time, all requested together: those from 4 g and 4 g + 8 on. */
 constexpr int GROUP = 8;
 __device__ inline int token_of(int g, int i) { return 4 * g + i % 4 + i / 4 * 8; }

@@ -9,8 +9,7 @@
 
 #ifdef __CUDACC__
 namespace stream {
-/* sum += a lane's 8 columns of a tile, four registers, times the inputs of their unit. Element e is
- *   T 1: row lane / 4 of the tile in lanes of quad 0 alone, in two parts, 0 and 3;  T 16: token lane / 4 + 8 (e / 2), row 2 (lane % 4) + e % 2 */
+/* sum += a lane's 8 columns of a tile, four registers, times 16 tokens' inputs of their unit. Element e is token lane / 4 + 8 (e / 2), row_of(e). */
 __device__ inline void multiply(float (&sum)[4], const unsigned char *unit, const uint32_t (&w)[4]) {
 #pragma unroll
     for (int m = 0; m < 2; m++) {
@@ -19,7 +18,7 @@ __device__ inline void multiply(float (&sum)[4], const unsigned char *unit, cons
         mma(sum, left, w + 2 * m);
     }
 }
-/* Row of the tile that element e belongs to, of 16 tokens */
+/* Row of the tile that element e belongs to */
 __device__ inline int row_of(int e) { return threadIdx.x % 4 * 2 + e % 2; }
 
 __device__ inline uint32_t subtract(uint32_t a, uint32_t b) {
@@ -171,7 +170,7 @@ template <int D> __device__ inline int own_place(int lane) { return is_quantised
 /* And of the only token's inputs of two units of columns */
 __device__ inline int own_inputs(int lane) { return (lane % 4 * 2 + lane / 4 % 2) * 16; }   /* of products' columns from 2 on nothing is used */
 
-/* A slot of float weights times the only token's inputs, which begin with the slot's first unit */
+/* A slot of float weights times the only token's inputs, which begin with the slot's first unit. Lanes of quad 0 get row lane / 4 in two parts, 0 and 3. */
 template <int D> __device__ inline void multiply_floats(float (&sum)[4], const unsigned char *slot, const unsigned char *inputs, int own, int own_x) {
     if constexpr (D == TOPS_BF16) {
         const uint4 x = *reinterpret_cast<const uint4 *>(inputs + own_x);

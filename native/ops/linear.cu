@@ -60,7 +60,7 @@ static int as_bf16(tops_stream *stream, const __nv_bfloat16 **out, const tops_we
     int status = TOPS_OK;
     int64_t values = rows * w->cols, skipped = first * w->cols;
     if (is_quantised(w->dtype)) {
-        BY_QUANTISED(w->dtype, m.data += first / SLOT_ROWS * Slot<D>::across(w->cols) * Slot<D>::BYTES;   /* `first` is a multiple of 256 rows */
+        BY_QUANTISED(w->dtype, m.data = slot_of<D>(m, first, 0);   /* `first` is a multiple of 256 rows */
                      status = launch(stream, decode_rows<D>, dim3((unsigned)ceil_div(values / 32, 256)), dim3(256), 0, 1, scratch, m, values / 32))
     } else {
         m.data += skipped * value_bytes(w->dtype);
