@@ -40,14 +40,12 @@ __device__ inline void eight_floats(uint4 v, float (&to)[8]) {
     }
 }
 
-/* The largest magnitude of eight columns and of those of the neighbours, so many lanes together */
+/* The largest magnitude of eight columns and of those of the neighbours, so many lanes together, as a float's bits */
 __device__ inline uint32_t largest(uint4 v, int lanes) {
-    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-    uint32_t most = 0;
-#pragma unroll
-    for (int i = 0; i < 4; i++) most = max(most, max(words[i] << 16 & 0x7fffffffu, words[i] & 0x7fff0000u));
-    for (int step = 1; step < lanes; step *= 2) most = max(most, __shfl_xor_sync(0xffffffff, most, step));
-    return most;
+    const uint32_t magnitudes = 0x7fff7fffu;   /* of two columns, whose order is that of integers */
+    uint32_t most = __vmaxu2(__vmaxu2(v.x & magnitudes, v.y & magnitudes), __vmaxu2(v.z & magnitudes, v.w & magnitudes));
+    for (int step = 1; step < lanes; step *= 2) most = __vmaxu2(most, __shfl_xor_sync(0xffffffff, most, step));
+    return max(most << 16, most & 0x7fff0000u);
 }
 
 /* 2^-bits of the largest power of two in a block, given its largest magnitude as bits (which order as magnitudes do, NaN last); NaN where that is

@@ -103,20 +103,17 @@ template <int D, int T> __device__ __forceinline__ void stream_rows(const Produc
     int own = own_place<D>(lane), own_x = own_inputs(lane);
     asm("" : "+r"(own), "+r"(own_x));   /* kept, not worked out anew for every slot; so are others below */
     Run asked = runs[warp];
-    int asked_stretch = 0, asks = 0;   /* slots that follow the last one in memory */
+    int asked_stretch = 0, asks = 0;   /* slots that follow the last one in memory; behind the last of all there is nothing to ask for any more */
+    bool there = true;
     Source<D> source{};
-    auto ask = [&](unsigned char *slot) {
-        if (asks == 0) {
-            while (!asked.left && ++asked_stretch < stretches) asked = runs[asked_stretch * WARPS + warp];
-            if (asked.left) {
-                const int tile = first_tile + (asked.line >> pair), part = part_of(tile);
-                source.begin(p.parts[pair ? asked.line & 1 : part], (tile - s.part_tiles[part]) * SLOT_ROWS, asked.from + asked.chunk, lane);
-                asks = asked.next_line();
-            }
-        }
-        source.fetch(slot, own, asks > 0);
-        copy_commit();
-        asks = max(asks - 1, 0);
+    auto find_next = [&] {
+        while (!asked.left && ++asked_stretch < stretches) asked = runs[asked_stretch * WARPS + warp];
+        there = asked.left;
+        asks = INT_MAX;
+        if (!there) return;
+        const int tile = first_tile + (asked.line >> pair), part = part_of(tile);
+        source.begin(p.parts[pair ? asked.line & 1 : part], (tile - s.part_tiles[part]) * SLOT_ROWS, asked.from + asked.chunk, lane);
+        asks = asked.next_line();
     };
     /* Where output `index` of a round, [tile][t][8 rows], belongs, or -1; and what stands there, if it is to be added to */
     auto place_of = [&](int index, int round) {
@@ -124,11 +121,11 @@ template <int D, int T> __device__ __forceinline__ void stream_rows(const Produc
         const int t = index / SLOT_ROWS % T, tile = round * s.per_round + index / PART, place = tile < tiles ? places[tile * SLOT_ROWS + index % SLOT_ROWS] : -1;
         return place >= 0 && t < (int)p.n ? t * (int)p.out_cols + place : -1;
     };
-    auto residual = [&](int at) {
-        if (at < 0 || p.mode != ADD) return 0.0f;
-        return p.out_f32 ? __ldcg(static_cast<const float *>(p.out) + at) : __bfloat162float(__ldcg(static_cast<const bf16 *>(p.out) + at));
+    auto residual = [&](int at) -> uint32_t {   /* its bits, of the lower half if it is bf16: whoever makes a number of them waits for them */
+        if (at < 0 || p.mode != ADD) return 0;
+        return p.out_f32 ? __ldcg(static_cast<const uint32_t *>(p.out) + at) : __ldcg(static_cast<const uint16_t *>(p.out) + at);
     };
-    float before = 0;   /* of the thread's first output */
+    uint32_t before = 0;   /* of the thread's first output */
     [[maybe_unused]] Turns<FIXED<D, T> ? D : TOPS_Q8_0> turns;
     int slot = warp * s.stages * BYTES, ring_end = slot + s.stages * BYTES;   /* bytes of `memory` */
     asm("" : "+r"(ring_end));
@@ -142,22 +139,29 @@ template <int D, int T> __device__ __forceinline__ void stream_rows(const Produc
             const int line = run.line;
             const unsigned char *x = inputs + run.chunk * SLOT;
 #pragma unroll 1
-            for (int left = run.next_line(); left; left--) {
-                if (line >= 0) {
-                    copy_wait<under_way(LARGE)>();
-                    __syncwarp();
-                    if constexpr (FIXED<D, T>) multiply_fixed<D>(sum[0], turns, memory + slot, x, own);
-                    else if constexpr (T == 1) multiply_floats<D>(sum, memory + slot, x, own, own_x);
-                    else multiply_slot<D>(sum, memory + slot, x);
-                    x += SLOT;
-                    __syncwarp();
-                } else {
-                    copy_wait<1>();   /* two at a time are enough for the memory; more would stand in the way of what kernels before this one read */
+            for (int left = run.next_line(), count; left; left -= count) {
+                if (asks == 0) find_next();
+                count = min(left, asks);
+                asks -= count;
+#pragma unroll 1
+                for (int i = count; i; i--) {
+                    if (line >= 0) {
+                        copy_wait<under_way(LARGE)>();
+                        __syncwarp();
+                        if constexpr (FIXED<D, T>) multiply_fixed<D>(sum[0], turns, memory + slot, x, own);
+                        else if constexpr (T == 1) multiply_floats<D>(sum, memory + slot, x, own, own_x);
+                        else multiply_slot<D>(sum, memory + slot, x);
+                        x += SLOT;
+                        __syncwarp();
+                    } else {
+                        copy_wait<is_quantised(D) ? 1 : 0>();   /* few at a time are enough for the memory; more would stand in the way of what kernels before this one read */
+                    }
+                    source.fetch(memory + slot, own, there);
+                    copy_commit();
+                    slot += BYTES;
+                    if (slot == ring_end) slot -= s.stages * BYTES;
+                    asm("" : "+r"(slot));
                 }
-                ask(memory + slot);
-                slot += BYTES;
-                if (slot == ring_end) slot -= s.stages * BYTES;
-                asm("" : "+r"(slot));
             }
             if (line < 0) break;
             if (T == 1) {
@@ -195,7 +199,7 @@ template <int D, int T> __device__ __forceinline__ void stream_rows(const Produc
                             for (int i = 0; i < 4; i++) value += w + i < span.y ? from[(w + i) * PART] : 0.0f;
                     }
                 }
-                value = pair ? __fdividef(first, 1.0f + __expf(-first)) * value : before + value;   /* SiLU, rounded to bf16 below */
+                value = pair ? __fdividef(first, 1.0f + __expf(-first)) * value : __uint_as_float(p.out_f32 ? before : before << 16) + value;   /* SiLU, rounded to bf16 below */
                 if (p.out_f32) static_cast<float *>(p.out)[at] = value;
                 else static_cast<bf16 *>(p.out)[at] = __float2bfloat16(value);
             }
@@ -206,8 +210,9 @@ template <int D, int T> __device__ __forceinline__ void stream_rows(const Produc
         if (stretch == 0) {
             if (p.norm && (int)threadIdx.x * 8 < p.cols) asm volatile("prefetch.global.L2 [%0];" ::"l"(p.norm + threadIdx.x * 8));   /* in registers it would be in the way */
             if (T > 1) __syncthreads();   /* a thread's first place is its own otherwise */
+            const int first = place_of(threadIdx.x, 0);
             wait_for_inputs();
-            before = residual(place_of(threadIdx.x, 0));
+            before = residual(first);
         }
         if (stretch == 0 || s.phases > 1) {
             const int from = phase * s.per_phase * Slot<D>::VALUES, until = min((phase + 1) * s.per_phase, s.chunks) * Slot<D>::VALUES;

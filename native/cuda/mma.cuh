@@ -64,9 +64,24 @@ __device__ inline void load_b_rows(uint32_t (&right)[4], const __nv_bfloat16 *x,
 __device__ inline void copy_async(void *to, const void *from, bool there) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from), "r"(there ? 16 : 0) : "memory");
 }
-/* The same, or nothing at all */
-__device__ inline void copy_async_if(void *to, const void *from, bool there) {
-    asm volatile("{ .reg .pred p; setp.ne.s32 p, %2, 0; @p cp.async.cg.shared.global [%0], [%1], 16; }" :: "r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from), "r"((int)there) : "memory");
+/* What is read once in a step, weights and the cache's keys and values, leaves the second cache first: what kernels hand each other stays there. */
+__device__ inline uint64_t evict_first() {
+#if __CUDA_ARCH__ >= 900
+    return 0x12f0000000000000u;   /* what the instruction below makes there, and would make again for every copy */
+#else
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+#endif
+}
+__device__ inline void copy_async_once(void *to, const void *from, bool there) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::256B [%0], [%1], 16, %2, %3;"
+                 :: "r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from), "r"(there ? 16 : 0), "l"(evict_first()) : "memory");
+}
+/* Or nothing at all, instead of zeros */
+__device__ inline void copy_async_once_if(void *to, const void *from, bool there) {
+    asm volatile("{ .reg .pred p; setp.ne.s32 p, %2, 0; @p cp.async.cg.shared.global.L2::cache_hint.L2::256B [%0], [%1], 16, %3; }"
+                 :: "r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from), "r"((int)there), "l"(evict_first()) : "memory");
 }
 /* 4 or 8 bytes, or zeros */
 template <int BYTES> __device__ inline void copy_async_small(void *to, const void *from, bool there) {

@@ -34,7 +34,7 @@ template <int D> struct Source {
     }
     __device__ void fetch(unsigned char *slot, int own, bool there) {   /* own: bytes to the lane's first piece */
 #pragma unroll
-        for (int i = 0; i < PIECES; i += 32) copy_async_if(slot + i * 16 + own, from + i * 16, there && (i + 32 <= PIECES || own < (PIECES - i) * 16));
+        for (int i = 0; i < PIECES; i += 32) copy_async_once_if(slot + i * 16 + own, from + i * 16, there && (i + 32 <= PIECES || own < (PIECES - i) * 16));
         from += Slot<D>::BYTES;
     }
 };
@@ -58,8 +58,8 @@ template <int D> struct RowSource {
     }
     __device__ void fetch(unsigned char *slot, int, bool there) {
         if (!there) return;
-        copy_async(slot + place, low, left > 0);
-        copy_async(slot + (place ^ 32) + 512, low + step, left > 0);
+        copy_async_once(slot + place, low, left > 0);
+        copy_async_once(slot + (place ^ 32) + 512, low + step, left > 0);
         left -= VALUES;
         low += 128;
         if constexpr (D == TOPS_FP8_E4M3) {

@@ -27,47 +27,26 @@ template <int D> constexpr int SUM_COLUMNS = D == TOPS_Q6_K ? 16 : 32;
 template <int D, int T> constexpr int SLOT_INPUTS = FIXED<D, T> ? Slot<D>::VALUES * 2 + Slot<D>::VALUES / SUM_COLUMNS<D> * 8
                                                                  : Slot<D>::VALUES / 32 * UNIT<T> + (T == 1 && D == TOPS_FP8_E4M3 ? 16 : 0);
 
-/* Four columns from c on, of tokens t and t + 8 if T is 16. */
-template <int D, int T> __device__ inline void put_columns(unsigned char *inputs, int t, int c, uint2 v, uint2 w) {
-    int unit = c / 32, quad = c % 32 / 8, half = c % 8 / 4;
-    if (is_quantised(D)) quad = c % 16 / 4, half = c % 32 / 16;
-    if (D == TOPS_FP8_E4M3) unit = c / 64 * 2 + c % 16 / 8, quad = c % 64 / 16, half = c % 8 / 4;
-    if (T == 1) {
-        uint32_t *to = reinterpret_cast<uint32_t *>(inputs + unit / 2 * 2 * UNIT<1> + (D == TOPS_FP8_E4M3 ? c / Slot<D>::VALUES * 16 : 0)) + unit % 2 * 2 + half;
-        to[quad * 8] = v.x;
-        to[quad * 8 + 4] = v.y;
-        return;
-    }
-    if (D != TOPS_BF16) {
-        v = make_uint2(__byte_perm(v.x, v.y, 0x5410), __byte_perm(v.x, v.y, 0x7632));
-        w = make_uint2(__byte_perm(w.x, w.y, 0x5410), __byte_perm(w.x, w.y, 0x7632));
-    }
-    reinterpret_cast<uint4 *>(inputs + unit * UNIT<T>)[(half * 8 + t) * 4 + quad] = make_uint4(v.x, w.x, v.y, w.y);
-}
-template <int D, int T> __device__ inline void put_eight(unsigned char *inputs, int t, int c, uint4 v, uint4 w) {
-    put_columns<D, T>(inputs, t, c, make_uint2(v.x, v.y), make_uint2(w.x, w.y));
-    put_columns<D, T>(inputs, t, c + 4, make_uint2(v.z, v.w), make_uint2(w.z, w.w));
-}
-
 /* Eight columns times `factor` times the norm's weights, as bf16 */
 __device__ inline uint4 normed(const float (&v)[8], const float4 (&norm)[2], float factor) {
     return make_uint4(pair_of(v[0] * factor * norm[0].x, v[1] * factor * norm[0].y), pair_of(v[2] * factor * norm[0].z, v[3] * factor * norm[0].w),
                       pair_of(v[4] * factor * norm[1].x, v[5] * factor * norm[1].y), pair_of(v[6] * factor * norm[1].z, v[7] * factor * norm[1].w));
 }
-/* Eight columns of the only token, from c on, if they are there; all lanes of a warp call, with neighbouring columns. */
-template <int D> __device__ inline void put_one(unsigned char *inputs, int c, uint4 v, bool there) {
+/* Eight columns of the only token, from a column of a slot on, if they are there; all lanes of a warp call, with neighbouring columns. */
+template <int D> __device__ inline void put_one(unsigned char *to, unsigned column, uint4 v, bool there) {
     if constexpr (D == TOPS_BF16) {
-        if (there) put_eight<D, 1>(inputs, 0, c, v, v);
+        uint2 *pairs = reinterpret_cast<uint2 *>(to) + column % 32 / 8 * 4 + column / 32;
+        if (there) pairs[0] = make_uint2(v.x, v.z), pairs[2] = make_uint2(v.y, v.w);
     } else {
-        const int slot = c / Slot<D>::VALUES, column = c % Slot<D>::VALUES;
         float x[8];
         eight_floats(v, x);
         if constexpr (D == TOPS_FP8_E4M3) {
             const float step = step_of(largest(v, 16), 14), per_step = inverse(step);
-            const uint4 halves = make_uint4(half_pair(x[0] * per_step, x[1] * per_step), half_pair(x[2] * per_step, x[3] * per_step),
-                                            half_pair(x[4] * per_step, x[5] * per_step), half_pair(x[6] * per_step, x[7] * per_step));
-            if (there) put_eight<D, 1>(inputs, 0, c, halves, halves);
-            if (there && column == 0) *reinterpret_cast<float *>(inputs + (slot + 1) * SLOT_INPUTS<D, 1> - 16) = step;
+            uint2 *pairs = reinterpret_cast<uint2 *>(to) + column / 64 * 16 + column % 64 / 16 * 4 + column % 16 / 8;
+            if (!there) return;
+            pairs[0] = make_uint2(half_pair(x[0] * per_step, x[1] * per_step), half_pair(x[4] * per_step, x[5] * per_step));
+            pairs[2] = make_uint2(half_pair(x[2] * per_step, x[3] * per_step), half_pair(x[6] * per_step, x[7] * per_step));
+            if (column == 0) *reinterpret_cast<float *>(to + SLOT_INPUTS<D, 1> - 16) = step;
         } else {
             const float step = step_of(largest(v, 4), 13), per_step = inverse(step);
             uint2 high, low;
@@ -75,7 +54,6 @@ template <int D> __device__ inline void put_one(unsigned char *inputs, int c, ui
             sum += split_four(high.y, low.y, make_float4(x[4], x[5], x[6], x[7]), per_step);
             for (int lanes = 1; lanes < SUM_COLUMNS<D> / 8; lanes *= 2) sum += __shfl_xor_sync(0xffffffff, sum, lanes);
             if (!there) return;
-            unsigned char *to = inputs + slot * SLOT_INPUTS<D, 1>;
             constexpr int TILES = Slot<D>::OWN;
             const int place = Slot<D>::place(column / 32), pair = place / TILES, tile = place % TILES, half = column % 32 / 16, quad = column % 16 / 4;
             uint32_t *words = reinterpret_cast<uint32_t *>(to) + ((2 * pair * 4 + quad) * TILES + tile) * 2 + half;   /* of lane 8 pair + quad: the high bytes */
@@ -119,9 +97,11 @@ template <int D> __device__ inline void take_row(unsigned char *inputs, const Pr
         for (int w = 0; w < WARPS / 4; w++) total += sums[w].x + sums[w].y + sums[w].z + sums[w].w;
         row[0] = normed(v, norm, rsqrtf(total * p.per_column + p.eps));
     }
+    const unsigned column = threadIdx.x * 8 % Slot<D>::VALUES;   /* of a slot, in every piece */
+    unsigned char *to = inputs + threadIdx.x * 8 / Slot<D>::VALUES * SLOT_INPUTS<D, 1>;
 #pragma unroll 1
-    for (int c = first; c - lane * 8 < until; c += THREADS * 8) {   /* whole warps */
-        put_one<D>(inputs, c - from, row[0], c < until);
+    for (int c = first; c - lane * 8 < until; c += THREADS * 8, to += THREADS * 8 / Slot<D>::VALUES * SLOT_INPUTS<D, 1>) {   /* whole warps */
+        put_one<D>(to, column, row[0], c < until);
 #pragma unroll
         for (int i = 0; i + 1 < PIECES; i++) row[i] = row[i + 1];
     }
@@ -129,6 +109,21 @@ template <int D> __device__ inline void take_row(unsigned char *inputs, const Pr
 }
 
 /* ---- 16 tokens ---- */
+/* Four columns from c on, of tokens t and t + 8 */
+template <int D> __device__ inline void put_columns(unsigned char *inputs, int t, int c, uint2 v, uint2 w) {
+    int unit = c / 32, quad = c % 32 / 8, half = c % 8 / 4;
+    if (is_quantised(D)) quad = c % 16 / 4, half = c % 32 / 16;
+    if (D == TOPS_FP8_E4M3) unit = c / 64 * 2 + c % 16 / 8, quad = c % 64 / 16, half = c % 8 / 4;
+    if (D != TOPS_BF16) {
+        v = make_uint2(__byte_perm(v.x, v.y, 0x5410), __byte_perm(v.x, v.y, 0x7632));
+        w = make_uint2(__byte_perm(w.x, w.y, 0x5410), __byte_perm(w.x, w.y, 0x7632));
+    }
+    reinterpret_cast<uint4 *>(inputs + unit * UNIT<16>)[(half * 8 + t) * 4 + quad] = make_uint4(v.x, w.x, v.y, w.y);
+}
+template <int D> __device__ inline void put_eight(unsigned char *inputs, int t, int c, uint4 v, uint4 w) {
+    put_columns<D>(inputs, t, c, make_uint2(v.x, v.y), make_uint2(w.x, w.y));
+    put_columns<D>(inputs, t, c + 4, make_uint2(v.z, v.w), make_uint2(w.z, w.w));
+}
 __device__ inline uint4 eight_columns(const Product &p, int t, int c) {   /* zeros beyond the matrix */
     return c < (int)p.cols ? __ldcg(reinterpret_cast<const uint4 *>(static_cast<const bf16 *>(p.x) + t * p.cols + c)) : make_uint4(0, 0, 0, 0);
 }
@@ -142,7 +137,7 @@ __device__ inline void get_group(uint4 (&rows)[GROUP], const Product &p, int g, 
 }
 template <int D> __device__ inline void put_group(unsigned char *inputs, int g, int c, const uint4 (&rows)[GROUP]) {
 #pragma unroll
-    for (int i = 0; i < GROUP / 2; i++) put_eight<D, 16>(inputs, token_of(g, i), c, rows[i], rows[GROUP / 2 + i]);
+    for (int i = 0; i < GROUP / 2; i++) put_eight<D>(inputs, token_of(g, i), c, rows[i], rows[GROUP / 2 + i]);
 }
 
 /* Lay out columns from..until of the rows of x, zeros where there is none. */

@@ -182,7 +182,7 @@ template <int D> __device__ inline void multiply_floats(float (&sum)[4], const u
             mma(sum, w, right + 2 * u);
         }
     } else {
-        float part[4] = {};
+        float part[2][4] = {};   /* two sums: a product takes long, and the next one of its sum waits */
 #pragma unroll
         for (int u = 0; u < 2; u++) {
             const uint4 x = *reinterpret_cast<const uint4 *>(inputs + own_x + 2 * u * UNIT<1>), v = *reinterpret_cast<const uint4 *>(slot + (own ^ 64 * u));
@@ -192,12 +192,12 @@ template <int D> __device__ inline void multiply_floats(float (&sum)[4], const u
                 uint32_t w[4];
                 fp8_pairs(w[0], w[1], words[2 * i]);
                 fp8_pairs(w[2], w[3], words[2 * i + 1]);
-                mma_halves(part, w, right + 2 * i);
+                mma_halves(part[u], w, right + 2 * i);
             }
         }
         const float by = *reinterpret_cast<const float *>(slot + Slot<D>::SCALE) * *reinterpret_cast<const float *>(inputs + 4 * UNIT<1>);
-        sum[0] = fmaf(by, part[0], sum[0]);
-        sum[3] = fmaf(by, part[3], sum[3]);
+        sum[0] = fmaf(by, part[0][0] + part[1][0], sum[0]);
+        sum[3] = fmaf(by, part[0][3] + part[1][3], sum[3]);
     }
 }
 

@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(THREADS, 2) attend_few(bf16 *out, Record *hand
                 const bf16 *at = cache_k + (int64_t)__shfl_sync(0xffffffff, cache_row, 8 * j + row8) * P + first_column + quad * 8;
                 if (position >= min(fresh, until)) continue;
 #pragma unroll
-                for (int c = 0; c < CHUNKS; c++) key[j][c] = __ldcg(reinterpret_cast<const uint4 *>(at + 32 * c));
+                for (int c = 0; c < CHUNKS; c++) key[j][c] = __ldcs(reinterpret_cast<const uint4 *>(at + 32 * c));   /* written in earlier steps, so the first cache may hold them */
             }
         }
         if (computes) {
@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(THREADS, 2) attend_few(bf16 *out, Record *hand
             for (int i = lane; i < 16 * OWN / 8; i += 32) {
                 const int row = i / (OWN / 8), piece = first_column + i % (OWN / 8) * 8, position = next + reader * 16 + row;
                 const bf16 *at = cache_v + (int64_t)__shfl_sync(0xffffffff, cache_row, row) * P + piece;
-                if (position < fresh || position >= until) copy_async(values + (reader * 16 + row) * WIDE + piece, at, position < until);
+                if (position < fresh || position >= until) copy_async_once(values + (reader * 16 + row) * WIDE + piece, at, position < until);
             }
             copy_commit();
         }

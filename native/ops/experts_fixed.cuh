@@ -73,7 +73,7 @@ template <tile_kind KIND> struct tile_group {
         for (int i = 0; i < TILES; i++) {
             const char *from = (const char *)__shfl_sync(~0u, (long long)codes, first + i) + lane * 16;
 #pragma unroll
-            for (int w = 0; w < WORDS; w++) copy_async(slot + ((i * WORDS + w) * 32 + lane) * 16, from + w * 512, i < left);
+            for (int w = 0; w < WORDS; w++) copy_async_once(slot + ((i * WORDS + w) * 32 + lane) * 16, from + w * 512, i < left);
         }
         const int mine = TILES == 2 ? lane % 4 / GROUPS : 0;
         const char *from = (const char *)__shfl_sync(~0u, (long long)scales, first + mine);
